@@ -1,0 +1,5 @@
+"""`python -m lightmoe` is `lightmoe`."""
+
+from lightmoe.cli import main
+
+main()

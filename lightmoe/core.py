@@ -1,0 +1,288 @@
+"""The nouns that several rooms share. Plain data: no torch, no sockets, no clocks.
+
+Shapes: T tokens on this rank, E experts, K experts per token, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from lightmoe.errors import LightMoEError, RequestError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+MAX_LOGPROBS = 20
+MAX_CHOICES = 16
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen. Names and defaults are vLLM's.
+
+    | field | meaning |
+    |---|---|
+    | temperature | 0 is greedy; otherwise logits are divided by it |
+    | top_p, top_k, min_p | keep the nucleus, the k best, those above min_p x the best; top_k 0 or -1 keeps all |
+    | max_tokens | None: as many as fit into the context |
+    | logprobs | also report that many most likely tokens a step (0: the chosen one's only) |
+    | stop, stop_token_ids | end before one of these texts / after one of these tokens |
+    | seed | the same seed, prompt and model give the same tokens, alone or in any batch |
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._check_integers()
+        self._check_reals()
+        self._check_stops()
+
+    def _check_integers(self) -> None:
+        bounds: dict[str, tuple[int, int]] = {
+            "n": (1, MAX_CHOICES),
+            "top_k": (-1, 2**31 - 1),
+            "max_tokens": (1, 2**31 - 1),
+            "min_tokens": (0, 2**31 - 1),
+            "seed": (-(2**63), 2**63 - 1),
+            "logprobs": (0, MAX_LOGPROBS),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if value is None and name in ("max_tokens", "seed", "logprobs"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise RequestError(f"{name} is {value!r}; give an integer from {low} to {high}", name)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})", "min_tokens"
+            )
+
+    def _check_reals(self) -> None:
+        bounds: dict[str, tuple[float, float]] = {
+            "temperature": (0.0, 2.0),
+            "top_p": (0.0, 1.0),
+            "min_p": (0.0, 1.0),
+            "presence_penalty": (-2.0, 2.0),
+            "frequency_penalty": (-2.0, 2.0),
+            "repetition_penalty": (0.0, 10.0),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            number = not isinstance(value, bool) and isinstance(value, (int, float))
+            if not number or not math.isfinite(value) or not low <= value <= high:
+                raise RequestError(f"{name} is {value!r}; give a number from {low} to {high}", name)
+        for name in ("top_p", "repetition_penalty"):
+            if getattr(self, name) == 0.0:
+                raise RequestError(f"{name} is 0; give a number above 0", name)
+
+    def _check_stops(self) -> None:
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise RequestError(
+                f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are taken", "stop"
+            )
+        for text in self.stop:
+            if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
+                raise RequestError(
+                    f"stop strings need 1 to {MAX_STOP_LENGTH} characters, one is {str(text)[:40]!r}", "stop"
+                )
+        if len(self.stop_token_ids) > 128:
+            raise RequestError("stop_token_ids takes at most 128 ids", "stop_token_ids")
+        for token in self.stop_token_ids:
+            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                raise RequestError(f"stop_token_ids has {token!r}; give token ids", "stop_token_ids")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt to continue. A client's `n` choices are n requests."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A token that a rank chose, its log-probability, and the most likely others with theirs."""
+
+    sequence_id: int
+    token_id: int
+    logprob: float = 0.0
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one step added to a request; `finish_reason` is set on its last output."""
+
+    request_id: str
+    tokens: tuple[SampledToken, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: LightMoEError | None = None
+
+
+OutputCallback = Callable[[RequestOutput], None]
+"""Called on the engine's thread; must not block."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingStep:
+    """What the sampler needs to choose one token of one sequence.
+
+    `position` (tokens chosen so far) and `seed` give the random number, so the choice does not
+    depend on the batch. `history` holds prompt + output ids only where a penalty is set;
+    `num_prompt_tokens` of them are the prompt. `banned_ids` may not be chosen (min_tokens).
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int
+    position: int
+    num_logprobs: int = -1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    num_prompt_tokens: int = 0
+    history: tuple[int, ...] = ()
+    banned_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStep:
+    """One sequence's part of a step: run `token_ids` at positions start, start + 1, ...
+
+    `block_table` lists the KV blocks that hold positions 0 .. start + len(token_ids) - 1.
+    `sampling` is None while the prompt is not finished.
+    """
+
+    sequence_id: int
+    token_ids: tuple[int, ...]
+    start: int
+    block_table: tuple[int, ...]
+    sampling: SamplingStep | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one rank does in one step. Ranks with no sequences still take part, with zero rows."""
+
+    step: int
+    tokens_per_rank: tuple[int, ...]
+    sequences: tuple[SequenceStep, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one rank returns from one step.
+
+    `expert_tokens` [L, E] counts the (token, expert) pairs of this rank's own tokens;
+    `layer_pairs` [L] counts the pairs that this rank's slots computed, for all ranks' tokens.
+    """
+
+    rank: int
+    step: int
+    tokens: tuple[SampledToken, ...]
+    expert_tokens: np.ndarray
+    layer_pairs: np.ndarray
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RankInfo:
+    """What one rank says of itself once its weights are loaded. Sizes in bytes."""
+
+    rank: int
+    kind: Literal["home", "spare"]
+    device: str
+    num_slots: int
+    weight_bytes: int
+    num_kv_blocks: int
+    pid: int = 0
+
+
+@dataclass(slots=True)
+class LoadReport:
+    """Expert load since the start, for `/v1/experts/load`, the page and the heatmap.
+
+    `expert_tokens` [L, E], `rank_pairs` [W, L]; `placement[layer][expert]` lists the ranks that
+    hold a slot of that expert, home first.
+    """
+
+    expert_tokens: np.ndarray
+    rank_pairs: np.ndarray
+    rank_kinds: list[str]
+    placement: list[list[list[int]]]
+    epoch: int = 0
+    num_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What clients and the front need to know of the served model.
+
+    `generation_defaults` are the sampling fields of generation_config.json (temperature, top_p,
+    top_k, ...) that hold where a request says nothing.
+    """
+
+    name: str
+    folder: str
+    architecture: str
+    num_layers: int
+    num_experts: int
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    generation_defaults: dict[str, float]
+    dummy_weights: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankStats:
+    """One rank at this moment: sequences that run on it and the share of its KV blocks in use."""
+
+    rank: int
+    kind: Literal["home", "spare"]
+    num_running: int
+    num_waiting: int
+    kv_usage: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Counters since the start, and what runs at this moment."""
+
+    num_steps: int
+    num_running: int
+    num_waiting: int
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    num_finished: int
+    num_preemptions: int
+    uptime_seconds: float
+    last_step_seconds: float
+    ranks: tuple[RankStats, ...]

@@ -1,0 +1,306 @@
+"""The loop: schedule every rank, run one step on all of them, hand the tokens out.
+
+It knows token ids only, no text, no HTTP, no Ray, no CUDA.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightmoe.core import (
+    Batch,
+    EngineStats,
+    LoadReport,
+    ModelInfo,
+    OutputCallback,
+    RankStats,
+    Request,
+    RequestOutput,
+    SampledToken,
+    StepResult,
+)
+from lightmoe.engine.kv_blocks import KVBlocks
+from lightmoe.engine.router import Router
+from lightmoe.engine.scheduler import Scheduler
+from lightmoe.engine.sequence import Sequence
+from lightmoe.engine.worker_group import WorkerGroup
+from lightmoe.errors import LightMoEError, QueueFullError, RankError, RequestError, ShuttingDownError
+
+logger = logging.getLogger(__name__)
+
+_CHECK_SECONDS = 1.0
+"""How often an idle engine looks whether its ranks still live."""
+_STOP_SECONDS = 1.0
+"""How long a step may go on after the end was asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits per rank and step, and of the whole queue."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_num_queued_reqs: int = 1024
+
+
+class Engine:
+    """Runs requests on the ranks of a WorkerGroup, on a thread of its own once started.
+
+    `draining` says that it takes no more requests, `error` why it has ended, `failure` the same if
+    it was not asked to.
+    """
+
+    def __init__(self, model: ModelInfo, workers: WorkerGroup, config: SchedulerConfig) -> None:
+        self.model = model
+        self.error: LightMoEError | None = None
+        self.failure: LightMoEError | None = None
+        self._on_failure: Callable[[LightMoEError], None] = lambda error: None
+        self._workers = workers
+        self._config = config
+        self._schedulers = [
+            Scheduler(
+                KVBlocks(rank.num_kv_blocks, workers.block_size),
+                config.max_num_seqs,
+                config.max_num_batched_tokens,
+            )
+            for rank in workers.ranks
+        ]
+        self._router = Router(len(workers.ranks))
+        self._sequences: dict[int, Sequence] = {}
+        self._ids: dict[str, int] = {}
+        self._next_id = 0
+        self._num_finished = 0
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_steps = 0
+        self._last_step_seconds = 0.0
+        self._started = time.monotonic()
+        self._expert_tokens = np.zeros((model.num_layers, model.num_experts), dtype=np.int64)
+        self._rank_pairs = np.zeros((len(workers.ranks), model.num_layers), dtype=np.int64)
+        self._new: deque[tuple[Request, OutputCallback]] = deque()
+        self._aborted: deque[str] = deque()
+        self._wake = threading.Condition()
+        self.draining = False
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="lightmoe-engine", daemon=True)
+
+    # Any thread.
+
+    def start(self) -> None:
+        """Begin to run steps."""
+        self._thread.start()
+
+    def submit(self, request: Request, on_output: OutputCallback) -> None:
+        """Queue a request; `on_output` is called on the engine's thread.
+
+        Raises RequestError for a prompt that cannot run, QueueFullError, ShuttingDownError, and
+        the RankError that ended the engine.
+        """
+        self._check(request)
+        with self._wake:
+            if self.error is not None:
+                raise self.error
+            if self.draining:
+                raise ShuttingDownError("the server is shutting down; send the request to another one")
+            if len(self._new) + len(self._sequences) >= self._config.max_num_queued_reqs:
+                raise QueueFullError(
+                    f"{self._config.max_num_queued_reqs} requests are queued already; try again later"
+                )
+            self._new.append((request, on_output))
+            self._wake.notify()
+
+    def abort(self, request_id: str) -> None:
+        """End a request early; unknown and finished ids are ignored."""
+        with self._wake:
+            self._aborted.append(request_id)
+            self._wake.notify()
+
+    def load(self) -> LoadReport:
+        """Expert load since the start."""
+        placement = self._workers.placement
+        with self._wake:
+            return LoadReport(
+                expert_tokens=self._expert_tokens.copy(),
+                rank_pairs=self._rank_pairs.copy(),
+                rank_kinds=list(placement.rank_kinds),
+                placement=[[list(ranks) for ranks in layer] for layer in placement.copies],
+                epoch=placement.epoch,
+                num_steps=self._num_steps,
+            )
+
+    def stats(self) -> EngineStats:
+        """Counters since the start, and what runs now."""
+        ranks = tuple(
+            RankStats(
+                rank=rank.rank,
+                kind=rank.kind,
+                num_running=len(scheduler.running),
+                num_waiting=len(scheduler.waiting),
+                kv_usage=scheduler.blocks.usage,
+            )
+            for rank, scheduler in zip(self._workers.ranks, self._schedulers, strict=True)
+        )
+        return EngineStats(
+            num_steps=self._num_steps,
+            num_running=sum(rank.num_running for rank in ranks),
+            num_waiting=len(self._new) + sum(rank.num_waiting for rank in ranks),
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            num_finished=self._num_finished,
+            num_preemptions=sum(scheduler.num_preemptions for scheduler in self._schedulers),
+            uptime_seconds=time.monotonic() - self._started,
+            last_step_seconds=self._last_step_seconds,
+            ranks=ranks,
+        )
+
+    def on_failure(self, callback: Callable[[LightMoEError], None]) -> None:
+        """Have `callback` called, on the engine's thread, if the engine dies."""
+        self._on_failure = callback
+
+    def drain(self, seconds: float) -> None:
+        """Refuse new requests, let running ones go on that long, then end them with an error."""
+        with self._wake:
+            self.draining = True
+        deadline = time.monotonic() + seconds
+        while (self._sequences or self._new) and time.monotonic() < deadline and self._thread.is_alive():
+            time.sleep(0.02)
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout=_STOP_SECONDS)
+
+    def close(self) -> None:
+        """End everything and stop the ranks; may be called twice."""
+        self.drain(0.0)
+        self._workers.close()
+
+    # The engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._take_news()
+                if self._sequences:
+                    self.step()
+            self._fail_all(ShuttingDownError("the server shut down before the request was finished"))
+        except Exception as error:
+            if not isinstance(error, LightMoEError):
+                logger.exception("the engine stopped")
+                error = RankError(f"the engine stopped: {type(error).__name__}: {error}")
+            self.failure = error
+            self._fail_all(error)
+            self._on_failure(error)
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            while not (self._closing or self._new or self._aborted or self._sequences):
+                if not self._wake.wait(_CHECK_SECONDS):
+                    self._workers.check()
+            return not self._closing
+
+    def _take_news(self) -> None:
+        with self._wake:
+            new, aborted = list(self._new), list(self._aborted)
+            self._new.clear()
+            self._aborted.clear()
+            for request, on_output in new:
+                self._admit(request, on_output)
+        for request_id in aborted:
+            sequence = self._sequences.get(self._ids.get(request_id, -1))
+            if sequence is not None:
+                self._finish(sequence)
+                sequence.on_output(RequestOutput(request_id, finish_reason="abort"))
+
+    def step(self) -> None:
+        """One step: schedule, run, hand out."""
+        plans = [scheduler.schedule() for scheduler in self._schedulers]
+        tokens_per_rank = tuple(sum(len(part.token_ids) for part in plan) for plan in plans)
+        started = time.perf_counter()
+        results = self._workers.step([Batch(self._num_steps, tokens_per_rank, plan) for plan in plans])
+        self._last_step_seconds = time.perf_counter() - started
+        for result in results:
+            self._count(result)
+            for token in result.tokens:
+                self._append(token)
+        self._num_steps += 1
+
+    def _count(self, result: StepResult) -> None:
+        with self._wake:
+            self._expert_tokens += result.expert_tokens
+            self._rank_pairs[result.rank] += result.layer_pairs
+
+    def _append(self, token: SampledToken) -> None:
+        sequence = self._sequences[token.sequence_id]
+        request_id = sequence.request.request_id
+        if token.token_id < 0:
+            self._finish(sequence)
+            error = RequestError("the model's logits are not finite; its weights or dtype are at fault")
+            sequence.on_output(RequestOutput(request_id, finish_reason="error", error=error))
+            return
+        reason = sequence.append(token.token_id)
+        self._num_generated_tokens += 1
+        if reason is not None:
+            self._finish(sequence)
+        sequence.on_output(RequestOutput(request_id, (token,), reason))
+
+    def _check(self, request: Request) -> None:
+        num_prompt, limit = len(request.prompt_token_ids), self.model.max_model_len
+        if not num_prompt:
+            raise RequestError("the prompt is empty; give at least one token", "prompt")
+        wanted = request.params.max_tokens or 1
+        if num_prompt + wanted > limit:
+            raise RequestError(
+                f"the prompt has {num_prompt} tokens and max_tokens is {wanted}, together over the context"
+                f" of {limit}; shorten one of them",
+                "max_tokens" if num_prompt < limit else "prompt",
+            )
+        vocab_size = self.model.vocab_size
+        for token in request.prompt_token_ids:
+            if not 0 <= token < vocab_size:
+                raise RequestError(f"token id {token} is not in 0 .. {vocab_size - 1}", "prompt")
+
+    def _admit(self, request: Request, on_output: OutputCallback) -> None:
+        params = request.params
+        eos = () if params.ignore_eos else self.model.eos_token_ids
+        rank = self._router.choose(self._schedulers)
+        sequence = Sequence(
+            sequence_id=self._next_id,
+            request=request,
+            on_output=on_output,
+            rank=rank,
+            max_tokens=params.max_tokens or self.model.max_model_len - len(request.prompt_token_ids),
+            stop_ids=frozenset((*eos, *params.stop_token_ids)),
+            seed=random.getrandbits(62) if params.seed is None else params.seed,
+            token_ids=list(request.prompt_token_ids),
+        )
+        self._next_id += 1
+        self._sequences[sequence.sequence_id] = sequence
+        self._ids[request.request_id] = sequence.sequence_id
+        self._schedulers[rank].add(sequence)
+        self._num_prompt_tokens += sequence.num_prompt_tokens
+
+    def _finish(self, sequence: Sequence) -> None:
+        self._schedulers[sequence.rank].remove(sequence)
+        del self._sequences[sequence.sequence_id]
+        del self._ids[sequence.request.request_id]
+        self._num_finished += 1
+
+    def _fail_all(self, error: LightMoEError) -> None:
+        with self._wake:
+            self.error = error
+            waiting = list(self._new)
+            self._new.clear()
+        for sequence in list(self._sequences.values()):
+            self._finish(sequence)
+            waiting.append((sequence.request, sequence.on_output))
+        for request, on_output in waiting:
+            on_output(RequestOutput(request.request_id, finish_reason="error", error=error))

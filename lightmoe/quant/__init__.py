@@ -1,0 +1,1 @@
+"""How one expert lies in memory, quantised or not."""

@@ -10,10 +10,12 @@ import os
 import secrets
 import select
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -65,7 +67,7 @@ class RankActor:
         return self._worker.load()
 
     def run_steps(self, port: int, token: bytes) -> None:
-        """Serve steps until the driver is gone; then end this process, whatever Ray's state is."""
+        """Serve steps until the driver closes the channel, or is gone."""
         from lightmoe.worker.worker import run_steps
 
         with channel.connect(port, self._rank, token) as connection:
@@ -79,8 +81,6 @@ class RankActor:
                 receive,
                 lambda result: channel.send_frame(connection, channel.pack_result(result)),
             )
-        # The driver has closed the channel, or was killed: nobody is left to be told anything.
-        os._exit(0)
 
 
 class RayWorkerGroup:
@@ -95,6 +95,7 @@ class RayWorkerGroup:
         self._connections: list[socket.socket] = []
         self._actors: list[Any] = []
         self._runs: list[Any] = []
+        self._reaper: subprocess.Popen[bytes] | None = None
         self._owns_ray = not ray.is_initialized()
         try:
             self._start(config, ray_config, progress)
@@ -105,6 +106,7 @@ class RayWorkerGroup:
     def _start(self, config: WorkerConfig, ray_config: RayConfig, progress: Progress) -> None:
         if self._owns_ray:
             _start_ray(self._num_ranks, ray_config, config.num_threads)
+            self._reaper = _start_reaper()
         group = _place(self._num_ranks, ray_config)
         token = secrets.token_bytes(32)
         listener = channel.StepListener(token)
@@ -185,6 +187,10 @@ class RayWorkerGroup:
         self._actors = []
         if self._owns_ray:
             ray.shutdown()
+        if self._reaper is not None:
+            self._reaper.kill()
+            self._reaper.communicate()
+            self._reaper = None
 
 
 @contextmanager
@@ -231,6 +237,40 @@ def _start_ray(num_ranks: int, config: RayConfig, num_threads: int) -> None:
     except (RayError, ConnectionError, RuntimeError, ValueError) as error:
         where = config.address or "this machine"
         raise MachineError(f"Ray did not start on {where}: {error}; see `lightmoe doctor`") from error
+
+
+def _start_reaper() -> subprocess.Popen[bytes]:
+    """A shell that ends Ray's agents should this process be killed.
+
+    Ray's own processes die with the driver, but its two agents wait a minute for a control store
+    that is gone. The shell waits for the end of its input, which comes with the end of the driver.
+    """
+    children = _children_of(os.getpid())
+    agents = [pid for raylet, name in children if name == "raylet" for pid, _ in _children_of(raylet)]
+    reaper = subprocess.Popen(
+        ["/bin/sh", "-c", 'read -r pids; read -r end; kill -9 $pids 2>/dev/null'],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert reaper.stdin is not None
+    reaper.stdin.write((" ".join(map(str, agents)) + "\n").encode())
+    reaper.stdin.flush()
+    return reaper
+
+
+def _children_of(parent: int) -> list[tuple[int, str]]:
+    """(process id, name) of the children that /proc shows."""
+    children = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            lines = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+        except OSError:  # it has ended meanwhile
+            continue
+        if lines["PPid"] == str(parent):
+            children.append((int(status.parent.name), lines["Name"]))
+    return children
 
 
 def _bundle(config: RayConfig) -> dict[str, float]:

@@ -27,16 +27,21 @@ class Runner:
     def step(self, batch: Batch) -> StepResult:
         """Run the batch; a rank without sequences serves its experts with zero rows."""
         started = time.perf_counter()
+        if not sum(batch.tokens_per_rank):
+            return self._result(batch, (), started)
         self._group.tokens_per_rank = batch.tokens_per_rank
         token_ids = [token for sequence in batch.sequences for token in sequence.token_ids]
         attention = self._attention_step(batch.sequences)
         hidden = self._decoder.forward(self._tensor(token_ids), attention)
+        return self._result(batch, self._sample(batch.sequences, attention.sequences, hidden), started)
+
+    def _result(self, batch: Batch, tokens: tuple[SampledToken, ...], started: float) -> StepResult:
         layer_pairs = self._group.layer_pairs.astype(np.int32)
         self._group.layer_pairs[:] = 0
         return StepResult(
             rank=self._group.rank,
             step=batch.step,
-            tokens=self._sample(batch.sequences, attention.sequences, hidden),
+            tokens=tokens,
             expert_tokens=self._decoder.load.take(),
             layer_pairs=layer_pairs,
             seconds=time.perf_counter() - started,

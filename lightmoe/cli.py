@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, field, fields, make_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from cyclopts import App, CycloptsError, Parameter
@@ -43,7 +44,7 @@ _HELP = {
 
 app = App(
     name="lightmoe",
-    help="Serve Mixture-of-Experts language models, experts spread over any number of GPUs, or of CPU processes.",
+    help="Serve Mixture-of-Experts models, experts spread over any number of GPUs or processes.",
     version=__version__,
 )
 
@@ -66,15 +67,16 @@ def _flags_class() -> type:
 
 
 if TYPE_CHECKING:
-    LaunchFlags = Any
+    LaunchFlags = SimpleNamespace
 else:
     LaunchFlags = _flags_class()
 
 Flags = Annotated[LaunchFlags, Parameter(name="*")]
+_NO_FLAGS = LaunchFlags()
 
 
 @app.command
-def launch(recipe: str | None = None, /, *, flags: Flags = LaunchFlags()) -> None:
+def launch(recipe: str | None = None, /, *, flags: Flags = _NO_FLAGS) -> None:
     """Start the ranks and serve, until Ctrl-C.
 
     Parameters
@@ -87,7 +89,11 @@ def launch(recipe: str | None = None, /, *, flags: Flags = LaunchFlags()) -> Non
     from lightmoe.launch import serve
 
     with _progress(console) as progress:
-        serve(config, progress, announce=lambda line: console.print(line, highlight=False, soft_wrap=True))
+        serve(
+            config,
+            progress,
+            announce=lambda line: console.print(line, highlight=False, soft_wrap=True),
+        )
 
 
 @app.command
@@ -230,7 +236,12 @@ def _progress(console: Console) -> Iterator[Progress]:
     from rich.progress import Progress as Bars
 
     labels = {"start": "starting ranks", "load": "loading weights"}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     bars = Bars(*columns, console=console)
     tasks: dict[str, Any] = {}
 

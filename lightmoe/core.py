@@ -29,7 +29,7 @@ class SamplingParams:
     | field | meaning |
     |---|---|
     | temperature | 0 is greedy; otherwise logits are divided by it |
-    | top_p, top_k, min_p | keep the nucleus, the k best, those above min_p x the best; top_k 0 or -1 keeps all |
+    | top_p, top_k, min_p | keep the nucleus, the k best (0: all), those above min_p x the best |
     | max_tokens | None: as many as fit into the context |
     | logprobs | also report that many most likely tokens a step (0: the chosen one's only) |
     | stop, stop_token_ids | end before one of these texts / after one of these tokens |
@@ -54,7 +54,9 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(
+            self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        )
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         self._check_integers()
         self._check_reals()
@@ -74,10 +76,13 @@ class SamplingParams:
             if value is None and name in ("max_tokens", "seed", "logprobs"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise RequestError(f"{name} is {value!r}; give an integer from {low} to {high}", name)
+                raise RequestError(
+                    f"{name} is {value!r}; give an integer from {low} to {high}", name
+                )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
-                f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})", "min_tokens"
+                f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})",
+                "min_tokens",
             )
 
     def _check_reals(self) -> None:
@@ -106,13 +111,16 @@ class SamplingParams:
         for text in self.stop:
             if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
                 raise RequestError(
-                    f"stop strings need 1 to {MAX_STOP_LENGTH} characters, one is {str(text)[:40]!r}", "stop"
+                    f"a stop string needs 1 to {MAX_STOP_LENGTH} characters, not {text!r:.40}",
+                    "stop",
                 )
         if len(self.stop_token_ids) > 128:
             raise RequestError("stop_token_ids takes at most 128 ids", "stop_token_ids")
         for token in self.stop_token_ids:
             if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-                raise RequestError(f"stop_token_ids has {token!r}; give token ids", "stop_token_ids")
+                raise RequestError(
+                    f"stop_token_ids has {token!r}; give token ids", "stop_token_ids"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

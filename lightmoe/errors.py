@@ -1,19 +1,19 @@
 """Every error that Light-MoE raises on purpose.
 
-    LightMoEError                       what is wrong, the value, the remedy: one line
-    ├── UsageError                      the command or the arguments are wrong          exit 2
-    ├── ModelError                      a model folder cannot be served                 exit 1
-    │   ├── ModelNotFoundError          no folder of that name
-    │   ├── CheckpointError             a file is missing, truncated, of the wrong shape or kind
-    │   └── UnsupportedModelError       an architecture or option that has no code here
-    ├── MachineError                    port, memory, device, driver                    exit 1
-    ├── PlacementError                  experts cannot be placed on these ranks         exit 1
-    ├── RankError                       a rank died or stopped answering                exit 1, HTTP 503
-    └── RequestError                    a request that cannot be served                 HTTP 400
-        ├── UnknownModelError           another model's name                            HTTP 404
-        ├── RequestTooLargeError        a body over the limit                           HTTP 413
-        ├── QueueFullError              more requests than the queue holds              HTTP 429
-        └── ShuttingDownError           the server is draining                          HTTP 503
+    LightMoEError                   what is wrong, the value, the remedy: one line
+    ├── UsageError                  the command or the arguments are wrong        exit 2
+    ├── ModelError                  a model folder cannot be served               exit 1
+    │   ├── ModelNotFoundError      no folder of that name
+    │   ├── CheckpointError         a file is missing, broken or refused
+    │   └── UnsupportedModelError   an architecture or option without code here
+    ├── MachineError                port, memory, device, driver                  exit 1
+    ├── PlacementError              experts cannot be placed on these ranks       exit 1
+    ├── RankError                   a rank died or stopped answering              exit 1, 503
+    └── RequestError                a request that cannot be served               400
+        ├── UnknownModelError       another model's name                          404
+        ├── RequestTooLargeError    a body over the limit                         413
+        ├── QueueFullError          more requests than the queue holds            429
+        └── ShuttingDownError       the server is draining                        503
 
 Asserts are for invariants of the code only.
 """

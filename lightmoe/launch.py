@@ -19,7 +19,7 @@ import uvicorn
 from lightmoe.config import LaunchConfig
 from lightmoe.core import ModelInfo
 from lightmoe.engine.engine import Engine, SchedulerConfig
-from lightmoe.errors import LightMoEError, MachineError, UsageError
+from lightmoe.errors import MachineError, UsageError
 from lightmoe.machine import Driver, free_ram_bytes, port_holder, read_driver
 from lightmoe.models.checkpoint import check_tensors, read_index
 from lightmoe.models.config import ModelConfig, read_config
@@ -46,6 +46,16 @@ class Resolved:
     dtype: str
     transport: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """Ranks with their weights loaded, what they serve, and the line that says what was chosen."""
+
+    group: RayWorkerGroup
+    model: ModelInfo
+    tokenizer: Tokenizer | None
+    summary: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +115,18 @@ def _why_no_cuda(driver: Driver) -> str | None:
 
 
 def start_engine(config: LaunchConfig, progress: Progress) -> Launched:
-    """Find the model, size the ranks, start them, load, and start the engine."""
+    """Start the ranks, and an engine over them."""
+    started = start_workers(config, progress)
+    limits = SchedulerConfig(
+        max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
+    )
+    engine = Engine(started.model, started.group, limits)
+    engine.start()
+    return Launched(engine=engine, tokenizer=started.tokenizer, summary=started.summary)
+
+
+def start_workers(config: LaunchConfig, progress: Progress) -> Started:
+    """Find the model, size the ranks, start them and load."""
     folder = find_model(config.model)
     model = read_config(folder)
     if config.load_format == "auto":
@@ -113,8 +134,8 @@ def start_engine(config: LaunchConfig, progress: Progress) -> Launched:
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
         raise UsageError(
-            f"{folder.name}'s tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size};"
-            " they belong to different models"
+            f"{folder.name}'s tokenizer has {tokenizer.vocab_size} tokens, the model"
+            f" {model.vocab_size}; they belong to different models"
         )
     driver = read_driver()
     resolved = resolve(config, driver)
@@ -136,15 +157,12 @@ def start_engine(config: LaunchConfig, progress: Progress) -> Launched:
         RayConfig(address=config.address, gpus_per_rank=int(resolved.device == "cuda")),
         progress,
     )
-    engine = Engine(
-        _model_info(config, folder, model, sizing),
-        workers,
-        SchedulerConfig(
-            max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
-        ),
+    return Started(
+        group=workers,
+        model=_model_info(config, folder, model, sizing),
+        tokenizer=tokenizer,
+        summary=_summary(config, resolved, sizing),
     )
-    engine.start()
-    return Launched(engine=engine, tokenizer=tokenizer, summary=_summary(config, resolved, sizing))
 
 
 def _demand(config: LaunchConfig, model: ModelConfig, resolved: Resolved, driver: Driver) -> Demand:
@@ -167,7 +185,7 @@ def _demand(config: LaunchConfig, model: ModelConfig, resolved: Resolved, driver
 
 
 def _rank_bytes(config: LaunchConfig, resolved: Resolved, driver: Driver) -> int:
-    """What a rank may use for weights and cache: its share of what is free, or the limit if less."""
+    """What a rank may use for weights and cache: a share of what is free, or the limit if less."""
     if resolved.device == "cuda":
         share = int(driver.gpus[0].memory_bytes * _USABLE_SHARE)
     else:
@@ -176,16 +194,19 @@ def _rank_bytes(config: LaunchConfig, resolved: Resolved, driver: Driver) -> int
             raise MachineError("this system does not tell its free memory; give --memory-limit")
         share = int(free * _USABLE_SHARE) // config.gpus - _RANK_OVERHEAD_BYTES
         if share <= 0:
+            needed = config.gpus * _RANK_OVERHEAD_BYTES / _USABLE_SHARE
             raise MachineError(
                 f"{free / 2**30:.1f} GiB of memory are free, {config.gpus} ranks need"
-                f" {config.gpus * _RANK_OVERHEAD_BYTES / _USABLE_SHARE / 2**30:.1f} GiB before any weight;"
+                f" {needed / 2**30:.1f} GiB before any weight;"
                 " use fewer ranks or close other programs"
             )
     limit = config.memory_limit_bytes
     return share if limit is None else min(share, limit)
 
 
-def _model_info(config: LaunchConfig, folder: Path, model: ModelConfig, sizing: Sizing) -> ModelInfo:
+def _model_info(
+    config: LaunchConfig, folder: Path, model: ModelConfig, sizing: Sizing
+) -> ModelInfo:
     return ModelInfo(
         name=config.served_model_name or folder.name,
         folder=str(folder),
@@ -231,7 +252,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(config: LaunchConfig, progress: Progress, announce: Callable[[str], None]) -> None:
     """Start everything and serve until SIGINT or SIGTERM; raises the error if a rank is lost."""
-    with contextlib.closing(listen(config.host, config.port)) as listener, _interrupted_by_sigterm():
+    with (
+        contextlib.closing(listen(config.host, config.port)) as listener,
+        _interrupted_by_sigterm(),
+    ):
         launched = start_engine(config, progress)
         try:
             asyncio.run(_serve(config, launched, listener, announce))
@@ -269,7 +293,10 @@ class _Server(uvicorn.Server):
 
 
 async def _serve(
-    config: LaunchConfig, launched: Launched, listener: socket.socket, announce: Callable[[str], None]
+    config: LaunchConfig,
+    launched: Launched,
+    listener: socket.socket,
+    announce: Callable[[str], None],
 ) -> None:
     engine = launched.engine
     app = create_app(
@@ -300,14 +327,17 @@ async def _serve(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
-    engine.on_failure(lambda error: loop.call_soon_threadsafe(stop))
+    engine.on_failure(lambda error: _call_soon(loop, stop))
     announce(launched.summary)
     host, port = listener.getsockname()[:2]
     announce(f"{engine.model.name} is ready on http://{host}:{port}  (Ctrl-C stops it)")
     await server.serve(sockets=[listener])
 
 
+def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+    loop.call_soon_threadsafe(callback)
+
+
 def _drain(engine: Engine, loop: asyncio.AbstractEventLoop, server: _Server) -> None:
     engine.drain(DRAIN_SECONDS)
     loop.call_soon_threadsafe(server.stop)
-

@@ -83,7 +83,8 @@ class LLM:
 
     def default_sampling_params(self) -> SamplingParams:
         """What generation_config.json asks for."""
-        return replace(SamplingParams(), **self._launched.engine.model.generation_defaults)
+        defaults: dict[str, Any] = dict(self._launched.engine.model.generation_defaults)
+        return replace(SamplingParams(), **defaults)
 
     def generate(
         self,
@@ -96,9 +97,11 @@ class LLM:
         each = [params] * len(listed) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(listed):
             raise RequestError(
-                f"{len(listed)} prompts and {len(each)} sampling_params; give one for all, or one for each"
+                f"{len(listed)} prompts and {len(each)} sampling_params; give one for all or each"
             )
-        return self._run([self._prepare(prompt, one) for prompt, one in zip(listed, each, strict=True)])
+        return self._run(
+            [self._prepare(prompt, one) for prompt, one in zip(listed, each, strict=True)]
+        )
 
     def chat(
         self,
@@ -134,13 +137,15 @@ class LLM:
         return self.tokenizer
 
     def _prepare(self, prompt: Prompt, params: SamplingParams) -> _Generation:
-        text: str | None = None
+        content: str | Sequence[int]
         if isinstance(prompt, Mapping):
-            prompt = prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt["prompt"]
-        if isinstance(prompt, str):
-            text, token_ids = prompt, self._need_tokenizer().encode(prompt)
+            content = prompt.get("prompt_token_ids") or prompt["prompt"]
         else:
-            token_ids = list(prompt)
+            content = prompt
+        if isinstance(content, str):
+            text, token_ids = content, self._need_tokenizer().encode(content)
+        else:
+            text, token_ids = None, list(content)
         output = GenerationOutput(
             request_id=str(next(self._ids)),
             prompt=text,
@@ -203,7 +208,9 @@ class _Generation:
             Request(
                 request_id=f"{self.output.request_id}-{answer.index}",
                 prompt_token_ids=tuple(self.output.prompt_token_ids),
-                params=self._params if seed is None else replace(self._params, seed=seed + answer.index),
+                params=self._params
+                if seed is None
+                else replace(self._params, seed=seed + answer.index),
             )
             for answer in self.output.outputs
         ]
@@ -224,7 +231,10 @@ class _Generation:
                 answer.finish_reason = "stop"
         if event.finish_reason is not None and answer.finish_reason is None:
             answer.finish_reason = event.finish_reason
-        if event.finish_reason == "stop" and event.tokens[-1].token_id in self._params.stop_token_ids:
+        if (
+            event.finish_reason == "stop"
+            and event.tokens[-1].token_id in self._params.stop_token_ids
+        ):
             answer.stop_reason = event.tokens[-1].token_id
         self.output.finished = all(answer.finish_reason for answer in self.output.outputs)
         return answer.finish_reason is not None

@@ -8,10 +8,11 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch._C import _distributed_c10d as dist
 
 from lightmoe.errors import RankError
 
@@ -48,15 +49,18 @@ class Communicator:
         self.num_ranks = num_ranks
         timeout = timedelta(seconds=timeout_seconds)
         store = dist.TCPStore(LOOPBACK, port, is_master=False, timeout=timeout)
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
+        # torch's type stubs lack gloo's options and collectives.
+        gloo: Any = dist.ProcessGroupGloo
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname=LOOPBACK)]
         options._timeout = timeout
         options._threads = 1
         try:
-            self._group = dist.ProcessGroupGloo(store, rank, num_ranks, options)
+            self._group = gloo(store, rank, num_ranks, options)
         except RuntimeError as error:
             raise RankError(
-                f"rank {rank} could not join the group of {num_ranks} within {timeout_seconds:.0f} s: {error}"
+                f"rank {rank} could not join the group of {num_ranks} within"
+                f" {timeout_seconds:.0f} s: {error}"
             ) from error
         self._options = dist.AllToAllOptions()
         self._num_sparse = 0
@@ -87,7 +91,11 @@ class Communicator:
             raise RankError(f"rank {self.rank} lost a peer in an all-to-all: {error}") from error
 
     def _exchange_messages(
-        self, received: Tensor, sent: Tensor, received_counts: Sequence[int], sent_counts: Sequence[int]
+        self,
+        received: Tensor,
+        sent: Tensor,
+        received_counts: Sequence[int],
+        sent_counts: Sequence[int],
     ) -> None:
         # The tag tells this exchange's messages from the next one's of a rank that is ahead.
         self._num_sparse += 1

@@ -32,7 +32,13 @@ from lightmoe.engine.router import Router
 from lightmoe.engine.scheduler import Scheduler
 from lightmoe.engine.sequence import Sequence
 from lightmoe.engine.worker_group import WorkerGroup
-from lightmoe.errors import LightMoEError, QueueFullError, RankError, RequestError, ShuttingDownError
+from lightmoe.errors import (
+    LightMoEError,
+    QueueFullError,
+    RankError,
+    RequestError,
+    ShuttingDownError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -109,10 +115,12 @@ class Engine:
             if self.error is not None:
                 raise self.error
             if self.draining:
-                raise ShuttingDownError("the server is shutting down; send the request to another one")
+                raise ShuttingDownError(
+                    "the server is shutting down; send the request to another one"
+                )
             if len(self._new) + len(self._sequences) >= self._config.max_num_queued_reqs:
                 raise QueueFullError(
-                    f"{self._config.max_num_queued_reqs} requests are queued already; try again later"
+                    f"{self._config.max_num_queued_reqs} requests are queued; try again later"
                 )
             self._new.append((request, on_output))
             self._wake.notify()
@@ -170,7 +178,11 @@ class Engine:
         with self._wake:
             self.draining = True
         deadline = time.monotonic() + seconds
-        while (self._sequences or self._new) and time.monotonic() < deadline and self._thread.is_alive():
+        while (
+            (self._sequences or self._new)
+            and time.monotonic() < deadline
+            and self._thread.is_alive()
+        ):
             time.sleep(0.02)
         with self._wake:
             self._closing = True
@@ -191,7 +203,9 @@ class Engine:
                 self._take_news()
                 if self._sequences:
                     self.step()
-            self._fail_all(ShuttingDownError("the server shut down before the request was finished"))
+            self._fail_all(
+                ShuttingDownError("the server shut down before the request was finished")
+            )
         except Exception as error:
             if not isinstance(error, LightMoEError):
                 logger.exception("the engine stopped")
@@ -225,7 +239,9 @@ class Engine:
         plans = [scheduler.schedule() for scheduler in self._schedulers]
         tokens_per_rank = tuple(sum(len(part.token_ids) for part in plan) for plan in plans)
         started = time.perf_counter()
-        results = self._workers.step([Batch(self._num_steps, tokens_per_rank, plan) for plan in plans])
+        results = self._workers.step(
+            [Batch(self._num_steps, tokens_per_rank, plan) for plan in plans]
+        )
         self._last_step_seconds = time.perf_counter() - started
         for result in results:
             self._count(result)
@@ -243,7 +259,9 @@ class Engine:
         request_id = sequence.request.request_id
         if token.token_id < 0:
             self._finish(sequence)
-            error = RequestError("the model's logits are not finite; its weights or dtype are at fault")
+            error = RequestError(
+                "the model's logits are not finite; its weights or dtype are at fault"
+            )
             sequence.on_output(RequestOutput(request_id, finish_reason="error", error=error))
             return
         reason = sequence.append(token.token_id)
@@ -259,8 +277,8 @@ class Engine:
         wanted = request.params.max_tokens or 1
         if num_prompt + wanted > limit:
             raise RequestError(
-                f"the prompt has {num_prompt} tokens and max_tokens is {wanted}, together over the context"
-                f" of {limit}; shorten one of them",
+                f"the prompt has {num_prompt} tokens and max_tokens is {wanted}, together over the"
+                f" context of {limit}; shorten one of them",
                 "max_tokens" if num_prompt < limit else "prompt",
             )
         vocab_size = self.model.vocab_size
@@ -277,7 +295,8 @@ class Engine:
             request=request,
             on_output=on_output,
             rank=rank,
-            max_tokens=params.max_tokens or self.model.max_model_len - len(request.prompt_token_ids),
+            max_tokens=params.max_tokens
+            or self.model.max_model_len - len(request.prompt_token_ids),
             stop_ids=frozenset((*eos, *params.stop_token_ids)),
             seed=random.getrandbits(62) if params.seed is None else params.seed,
             token_ids=list(request.prompt_token_ids),

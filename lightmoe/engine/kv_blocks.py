@@ -26,7 +26,7 @@ class KVBlocks:
         return max(0, -(-num_positions // self.block_size) - len(table))
 
     def extend(self, table: list[int], num_positions: int) -> bool:
-        """Grow a table to hold that many positions; False, and nothing taken, if too few are free."""
+        """Grow a table to hold that many positions; False, and nothing taken, if it cannot."""
         missing = self.num_missing(table, num_positions)
         if missing > self.num_free:
             return False

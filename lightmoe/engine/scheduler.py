@@ -64,10 +64,14 @@ class Scheduler:
             budget -= num_tokens
         return tuple(steps.values())
 
-    def _make_room(self, sequence: Sequence, num_positions: int, steps: dict[int, SequenceStep]) -> bool:
+    def _make_room(
+        self, sequence: Sequence, num_positions: int, steps: dict[int, SequenceStep]
+    ) -> bool:
         """Blocks for that many positions, if need be from the newest that are not in this step."""
         while not self.blocks.extend(sequence.block_table, num_positions):
-            newest = next(other for other in reversed(self.running) if other.sequence_id not in steps)
+            newest = next(
+                other for other in reversed(self.running) if other.sequence_id not in steps
+            )
             self._preempt(newest)
             if newest is sequence:
                 return False

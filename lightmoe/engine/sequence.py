@@ -41,7 +41,9 @@ class Sequence:
         """What the sampler needs for the next token."""
         params = self.request.params
         penalised = (
-            params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
+            params.presence_penalty != 0
+            or params.frequency_penalty != 0
+            or params.repetition_penalty != 1
         )
         too_short = self.num_output_tokens < params.min_tokens
         return SamplingStep(

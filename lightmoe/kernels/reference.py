@@ -32,9 +32,14 @@ def matmul(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def topk_gate(
-    hidden: Tensor, router_weight: Tensor, num_experts_per_token: int, *, renormalize: bool, scale: float = 1.0
+    hidden: Tensor,
+    router_weight: Tensor,
+    num_experts_per_token: int,
+    *,
+    renormalize: bool,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Choose experts by softmax score: [T, D] x [E, D] -> experts int64 [T, K], weights fp32 [T, K].
+    """Choose experts: [T, D] x [E, D] -> experts int64 [T, K], weights fp32 [T, K].
 
     Softmax over all experts in fp32, the K best in descending order, ties to the lowest index;
     `renormalize` divides the K weights by their sum (Mixtral), `scale` multiplies them
@@ -54,7 +59,11 @@ def permute(rows: Tensor, row_index: Tensor) -> Tensor:
 
 
 def grouped_gemm(
-    rows: Tensor, weights: Tensor, slots: list[int], pairs_per_slot: list[int], row_index: Tensor | None = None
+    rows: Tensor,
+    weights: Tensor,
+    slots: list[int],
+    pairs_per_slot: list[int],
+    row_index: Tensor | None = None,
 ) -> Tensor:
     """Products of rows sorted by slot with each slot's weight: [R, D] x [S, N, D] -> [P, N].
 
@@ -79,7 +88,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def combine(pairs: Tensor, pair_index: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of each token's pairs, in fp32 and ascending k: [P, D], [T, K], [T, K] -> [T, D]."""
+    """Sum of each token's weighted pairs, fp32, ascending k: [P, D], [T, K], [T, K] -> [T, D]."""
     num_tokens, num_experts_per_token = pair_index.shape
     total = torch.zeros(num_tokens, pairs.shape[1], dtype=torch.float32, device=pairs.device)
     for k in range(num_experts_per_token):

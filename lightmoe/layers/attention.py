@@ -39,7 +39,7 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True)
 class SequenceView:
-    """One sequence in a step: its tokens lie at rows begin .. end and see `num_positions` positions."""
+    """One sequence in a step: rows begin .. end, which see `num_positions` positions."""
 
     begin: int
     end: int
@@ -70,7 +70,7 @@ def causal_mask(num_tokens: int, num_positions: int, device: torch.device) -> Te
 
 
 class Attention:
-    """Grouped-query attention with rotary positions; query and key norms where the model has them."""
+    """Grouped-query attention with rotary positions, and query and key norms where given."""
 
     def __init__(
         self,

@@ -36,9 +36,13 @@ class RMSNorm:
 class Rotary:
     """Rotary position embedding (Su et al. 2021), halves rotated as in Hugging Face's models."""
 
-    def __init__(self, head_dim: int, theta: float, num_positions: int, device: torch.device) -> None:
+    def __init__(
+        self, head_dim: int, theta: float, num_positions: int, device: torch.device
+    ) -> None:
         powers = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-        angles = torch.outer(torch.arange(num_positions, device=device).float(), 1.0 / theta**powers)
+        angles = torch.outer(
+            torch.arange(num_positions, device=device).float(), 1.0 / theta**powers
+        )
         angles = torch.cat([angles, angles], dim=-1)
         self._cos = angles.cos()  # [positions, head_dim]
         self._sin = angles.sin()

@@ -41,7 +41,9 @@ def check_tensors(index: CheckpointIndex, config: ModelConfig) -> None:
     """Every tensor of the model is there, with its shape."""
     for name, shape in config.all_tensors():
         if name not in index.shapes:
-            raise CheckpointError(f"tensor {name} is missing from the checkpoint; fetch the complete model")
+            raise CheckpointError(
+                f"tensor {name} is missing from the checkpoint; fetch the complete model"
+            )
         if index.shapes[name] != shape:
             raise CheckpointError(
                 f"tensor {name} in {index.files[name]} has shape {list(index.shapes[name])},"
@@ -58,10 +60,15 @@ def _shards(folder: Path) -> list[Path]:
         names = sorted({str(name) for name in weight_map.values()})
         for name in names:
             if name != os.path.basename(name) or not name.endswith(".safetensors"):
-                raise CheckpointError(f"{index_path} names {name!r}; only .safetensors files beside it are read")
+                raise CheckpointError(
+                    f"{index_path} names {name!r}; only .safetensors files beside it are read"
+                )
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise CheckpointError(f"shard {folder / missing[0]} is missing; {len(missing)} of {len(names)} are not there")
+            raise CheckpointError(
+                f"shard {folder / missing[0]} is missing ({len(missing)} of {len(names)} are);"
+                " fetch the complete model"
+            )
         return [folder / name for name in names]
     single = folder / "model.safetensors"
     if single.is_file():
@@ -69,7 +76,8 @@ def _shards(folder: Path) -> list[Path]:
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES)
     if pickled:
         raise CheckpointError(
-            f"{folder} has only pickle weights ({pickled[0]}), which can run code; convert them to safetensors"
+            f"{folder} has only pickle weights ({pickled[0]}), which can run code;"
+            " convert them to safetensors"
         )
     raise CheckpointError(
         f"{folder} has no weights (model.safetensors); fetch them, or try --load-format dummy"
@@ -84,7 +92,9 @@ def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
             raise CheckpointError(f"{path} has {size} bytes and no header; fetch it again")
         (header_bytes,) = struct.unpack("<Q", start)
         if header_bytes > min(_MAX_HEADER_BYTES, size - 8):
-            raise CheckpointError(f"{path} has {size} bytes but a header of {header_bytes}; fetch it again")
+            raise CheckpointError(
+                f"{path} has {size} bytes but a header of {header_bytes}; fetch it again"
+            )
         try:
             header = json.loads(file.read(header_bytes))
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -92,11 +102,17 @@ def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
             shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
             dtypes = {name: entry["dtype"] for name, entry in entries.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path} has a broken header ({error}); fetch it again") from error
+            raise CheckpointError(
+                f"{path} has a broken header ({error}); fetch it again"
+            ) from error
     expected = 8 + header_bytes + end
     if size != expected:
-        raise CheckpointError(f"{path} has {size} bytes, its header says {expected}; fetch it again")
+        raise CheckpointError(
+            f"{path} has {size} bytes, its header says {expected}; fetch it again"
+        )
     for name, dtype in dtypes.items():
         if dtype not in _DTYPES:
-            raise CheckpointError(f"tensor {name} in {path} is {dtype}; {', '.join(_DTYPES)} are read")
+            raise CheckpointError(
+                f"tensor {name} in {path} is {dtype}; {', '.join(_DTYPES)} are read"
+            )
     return shapes

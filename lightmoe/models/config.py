@@ -72,7 +72,10 @@ class ModelConfig:
 
     def expert_tensors(self, layer: int, expert: int) -> Shapes:
         """Name and shape of one expert's gate, up and down."""
-        wide, tall = (self.moe_intermediate_size, self.hidden_size), (self.hidden_size, self.moe_intermediate_size)
+        wide, tall = (
+            (self.moe_intermediate_size, self.hidden_size),
+            (self.hidden_size, self.moe_intermediate_size),
+        )
         for part, shape in enumerate((wide, wide, tall)):
             yield self.expert_tensor(layer, expert, part), shape
 
@@ -101,18 +104,21 @@ class ModelConfig:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Read `folder`/config.json; CheckpointError when broken, UnsupportedModelError when foreign."""
+    """Read config.json; CheckpointError when broken, UnsupportedModelError when foreign."""
     raw = read_json(folder / "config.json")
     architectures = raw.get("architectures") or ["none named"]
     reader = _READERS.get(architectures[0])
     if reader is None:
         raise UnsupportedModelError(
-            f"{folder.name} is {architectures[0]}; the architectures served are {', '.join(sorted(_READERS))}"
+            f"{folder.name} is {architectures[0]}; the architectures served are"
+            f" {', '.join(sorted(_READERS))}"
         )
     try:
         return reader(raw, _eos_token_ids(folder, raw))
     except KeyError as error:
-        raise CheckpointError(f"{folder / 'config.json'} lacks {error}; take a complete config.json") from error
+        raise CheckpointError(
+            f"{folder / 'config.json'} lacks {error}; take a complete config.json"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -143,11 +149,17 @@ def _common(raw: dict[str, Any], eos_token_ids: tuple[int, ...]) -> dict[str, An
     rope = raw.get("rope_parameters") or {}
     kind = rope.get("rope_type", "default")
     if raw.get("rope_scaling") or kind != "default":
-        raise UnsupportedModelError(f"rope scaling {raw.get('rope_scaling') or kind!r} has no code here")
+        raise UnsupportedModelError(
+            f"rope scaling {raw.get('rope_scaling') or kind!r} has no code here"
+        )
     if raw.get("sliding_window") and raw.get("use_sliding_window", True):
-        raise UnsupportedModelError(f"sliding_window {raw['sliding_window']} has no code here; only null is served")
+        raise UnsupportedModelError(
+            f"sliding_window {raw['sliding_window']} has no code here; only null is served"
+        )
     if raw.get("hidden_act", "silu") != "silu":
-        raise UnsupportedModelError(f"hidden_act {raw['hidden_act']!r} has no code here; only silu is served")
+        raise UnsupportedModelError(
+            f"hidden_act {raw['hidden_act']!r} has no code here; only silu is served"
+        )
     return {
         "architecture": raw["architectures"][0],
         "vocab_size": raw["vocab_size"],
@@ -180,7 +192,7 @@ def _read_mixtral(raw: dict[str, Any], eos_token_ids: tuple[int, ...]) -> ModelC
 def _read_qwen3_moe(raw: dict[str, Any], eos_token_ids: tuple[int, ...]) -> ModelConfig:
     if raw.get("decoder_sparse_step", 1) != 1 or raw.get("mlp_only_layers"):
         raise UnsupportedModelError(
-            "decoder_sparse_step and mlp_only_layers have no code here; every layer must have experts"
+            "decoder_sparse_step and mlp_only_layers have no code here; all layers need experts"
         )
     if raw.get("attention_bias"):
         raise UnsupportedModelError("attention_bias true has no code here")

@@ -42,7 +42,9 @@ class Decoder:
             for layer in range(config.num_hidden_layers)
         ]
         self._norm = RMSNorm(read("model.norm.weight"), config.rms_norm_eps)
-        self._head = Linear(self._embedding if config.tie_word_embeddings else read("lm_head.weight"))
+        self._head = Linear(
+            self._embedding if config.tie_word_embeddings else read("lm_head.weight")
+        )
 
     def forward(self, token_ids: Tensor, step: AttentionStep) -> Tensor:
         """Token ids [T] -> hidden states after the last norm [T, D]."""
@@ -71,7 +73,9 @@ class DecoderLayer:
         prefix = f"model.layers.{layer}."
         self._input_norm = RMSNorm(read(prefix + "input_layernorm.weight"), config.rms_norm_eps)
         self._attention = _attention(layer, config, read)
-        self._experts_norm = RMSNorm(read(prefix + "post_attention_layernorm.weight"), config.rms_norm_eps)
+        self._experts_norm = RMSNorm(
+            read(prefix + "post_attention_layernorm.weight"), config.rms_norm_eps
+        )
         gate = Gate(
             read(f"{prefix}{config.mlp_prefix}.gate.weight"),
             config.num_experts_per_tok,
@@ -80,7 +84,7 @@ class DecoderLayer:
         self._moe = MoELayer(layer, gate, load, make_dispatcher(group, layer), Experts(pool))
 
     def __call__(self, hidden: Tensor, step: AttentionStep) -> Tensor:
-        """[T, D] -> [T, D]. With no tokens here there is no attention, but the experts still serve."""
+        """[T, D] -> [T, D]. Without tokens here there is no attention, but the experts serve."""
         if len(hidden):
             hidden = hidden + self._attention(self._input_norm(hidden), step)
         return hidden + self._moe(self._experts_norm(hidden))
@@ -106,7 +110,11 @@ def _attention(layer: int, config: ModelConfig, read: WeightReader) -> Attention
 
 
 def load_experts(
-    config: ModelConfig, read: WeightReader, group: ExpertGroup, dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    read: WeightReader,
+    group: ExpertGroup,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> SlotPool:
     """Fill this rank's slots with the experts that the placement puts there."""
     layout = ExpertLayout(config.hidden_size, config.moe_intermediate_size)

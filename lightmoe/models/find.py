@@ -25,7 +25,9 @@ def find_model(name_or_path: str) -> Path:
             return (folder / name_or_path).resolve()
     if path.is_dir():
         raise ModelNotFoundError(f"{path} has no config.json; give a folder in Hugging Face layout")
-    found = sorted({entry.parent.name for folder in folders for entry in folder.glob("*/config.json")})
+    found = sorted(
+        {entry.parent.name for folder in folders for entry in folder.glob("*/config.json")}
+    )
     raise ModelNotFoundError(
         f"no model named {name_or_path!r}; found: {', '.join(found) or 'none'}"
         " (give one of these, a folder, or set LIGHTMOE_MODELS)"
@@ -38,7 +40,9 @@ def generation_defaults(folder: Path) -> dict[str, float]:
     if not path.exists():
         return {}
     raw = read_json(path)
-    defaults = {name: raw[name] for name in _GENERATION_FIELDS if isinstance(raw.get(name), (int, float))}
+    defaults = {
+        name: raw[name] for name in _GENERATION_FIELDS if isinstance(raw.get(name), (int, float))
+    }
     if raw.get("do_sample") is False:
         defaults["temperature"] = 0.0
     return defaults

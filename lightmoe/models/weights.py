@@ -43,7 +43,7 @@ class SafetensorsReader:
         try:
             if path not in self._open:
                 self._open[path] = safe_open(path, framework="pt", device="cpu")
-            tensor = self._open[path].get_tensor(name)
+            tensor: Tensor = self._open[path].get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read at {name}: {error}") from error
         self.names_read.append(name)
@@ -56,7 +56,9 @@ class DummyReader:
     Scaled by 1 / sqrt(fan-in), so that activations stay of order one through any depth.
     """
 
-    def __init__(self, config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._shapes = dict(config.all_tensors())
         self._seed = seed
         self._dtype = dtype
@@ -67,7 +69,9 @@ class DummyReader:
         shape = self._shapes[name]
         if len(shape) == 1:
             return torch.ones(shape, dtype=self._dtype, device=self._device)
-        generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()) + self._seed)
+        generator = torch.Generator(self._device).manual_seed(
+            zlib.crc32(name.encode()) + self._seed
+        )
         tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
         bound = math.sqrt(3.0 / shape[-1])
         return tensor.uniform_(-bound, bound, generator=generator)

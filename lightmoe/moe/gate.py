@@ -21,7 +21,12 @@ class Gate:
     """Softmax scores, top-k."""
 
     def __init__(
-        self, router_weight: Tensor, num_experts_per_token: int, *, renormalize: bool, scale: float = 1.0
+        self,
+        router_weight: Tensor,
+        num_experts_per_token: int,
+        *,
+        renormalize: bool,
+        scale: float = 1.0,
     ) -> None:
         self._router_weight = router_weight
         self._num_experts_per_token = num_experts_per_token

@@ -102,7 +102,9 @@ def initial_placement(
     """
     num_homes = num_ranks - num_spares
     if num_homes < 1:
-        raise PlacementError(f"{num_spares} spares of {num_ranks} ranks leave no home; give fewer spares")
+        raise PlacementError(
+            f"{num_spares} spares of {num_ranks} ranks leave no home; give fewer spares"
+        )
     home_ranks = range(num_homes)
     replica_ranks = range(num_homes, num_ranks) if num_spares else home_ranks
     slot_table = np.full((num_layers, num_experts, num_ranks), -1, dtype=np.int32)
@@ -134,5 +136,6 @@ def initial_placement(
         for replica in range(replicas_per_layer):
             if give(replica % num_experts, replica_ranks) is None:
                 break
-    kinds: tuple[RankKind, ...] = ("home",) * num_homes + ("spare",) * num_spares
-    return Placement(slot_table, homes, kinds)
+    kinds: list[RankKind] = ["home"] * num_homes
+    kinds += ["spare"] * num_spares
+    return Placement(slot_table, homes, tuple(kinds))

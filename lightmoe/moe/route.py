@@ -26,7 +26,10 @@ NUM_SWEEPS = 4
 
 def route_home(expert_tokens: Sequence[int], copies: Copies, num_ranks: int) -> Shares:
     """All tokens to the home copy (`--route none`)."""
-    return [[tokens] + [0] * (len(ranks) - 1) for tokens, ranks in zip(expert_tokens, copies, strict=True)]
+    return [
+        [tokens] + [0] * (len(ranks) - 1)
+        for tokens, ranks in zip(expert_tokens, copies, strict=True)
+    ]
 
 
 def route_even(expert_tokens: Sequence[int], copies: Copies, num_ranks: int) -> Shares:
@@ -137,9 +140,10 @@ def pair_ranks(
     key = (token_ranks[:, None] * num_experts + experts).ravel()
     counts = np.bincount(key, minlength=num_ranks * num_experts).reshape(num_ranks, num_experts)
     width = max(len(ranks) for ranks in copies)
-    copy_ranks = np.array([[*ranks, *[-1] * (width - len(ranks))] for ranks in copies])
+    copy_ranks: np.ndarray = np.array([[*ranks, *[-1] * (width - len(ranks))] for ranks in copies])
     if width == 1 or not len(key):
-        return copy_ranks[experts, 0].reshape(-1, num_per_token)
+        homes: np.ndarray = copy_ranks[experts, 0]
+        return homes.reshape(-1, num_per_token)
     shares = ROUTES[route](counts.sum(axis=0).tolist(), copies, num_ranks)
     borders = assign(counts, copies, shares).reshape(-1, width).cumsum(axis=1)
     order = np.argsort(key, kind="stable")
@@ -147,4 +151,5 @@ def pair_ranks(
     position = np.empty_like(key)
     position[order] = np.arange(len(key)) - starts[key[order]]
     copy = (position[:, None] >= borders[key]).sum(axis=1)
-    return copy_ranks[experts.ravel(), copy].reshape(-1, num_per_token)
+    ranks: np.ndarray = copy_ranks[experts.ravel(), copy]
+    return ranks.reshape(-1, num_per_token)

@@ -1,6 +1,6 @@
 """The one blob layout of an expert: what a slot holds, and what a migration moves.
 
-    [ gate F x D | up F x D | down D x F ]      row-major, one dtype, no padding
+[ gate F x D | up F x D | down D x F ]      row-major, one dtype, no padding
 """
 
 from __future__ import annotations

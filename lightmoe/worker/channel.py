@@ -79,7 +79,9 @@ class StepListener:
                 connection, _ = self._socket.accept()
             except TimeoutError as error:
                 late = sorted(set(range(num_ranks)) - set(connections))
-                raise RankError(f"ranks {late} did not connect within {timeout_seconds:.0f} s") from error
+                raise RankError(
+                    f"ranks {late} did not connect within {timeout_seconds:.0f} s"
+                ) from error
             connection.settimeout(5)
             try:
                 hello = _receive_exactly(connection, _HELLO.size)
@@ -121,7 +123,9 @@ def unpack_batch(frame: bytes) -> Batch:
         step,
         tokens_per_rank,
         tuple(
-            SequenceStep(identity, tokens, start, blocks, SamplingStep(*sampling) if sampling else None)
+            SequenceStep(
+                identity, tokens, start, blocks, SamplingStep(*sampling) if sampling else None
+            )
             for identity, tokens, start, blocks, sampling in sequences
         ),
     )
@@ -129,9 +133,12 @@ def unpack_batch(frame: bytes) -> Batch:
 
 def pack_result(result: StepResult) -> bytes:
     """A StepResult as one frame."""
-    tokens = [(token.sequence_id, token.token_id, token.logprob, token.top) for token in result.tokens]
+    tokens = [
+        (token.sequence_id, token.token_id, token.logprob, token.top) for token in result.tokens
+    ]
     counts = [
-        (array.shape, array.astype("<i4").tobytes()) for array in (result.expert_tokens, result.layer_pairs)
+        (array.shape, array.astype("<i4").tobytes())
+        for array in (result.expert_tokens, result.layer_pairs)
     ]
     return _pack((result.rank, result.step, tokens, counts, result.seconds))
 
@@ -139,8 +146,10 @@ def pack_result(result: StepResult) -> bytes:
 def unpack_result(frame: bytes) -> StepResult:
     """The inverse of pack_result."""
     rank, step, tokens, counts, seconds = _unpack(frame)
-    arrays = [np.frombuffer(data, dtype="<i4").reshape(shape) for shape, data in counts]
-    return StepResult(rank, step, tuple(SampledToken(*token) for token in tokens), *arrays, seconds)
+    experts, pairs = (np.frombuffer(data, dtype="<i4").reshape(shape) for shape, data in counts)
+    return StepResult(
+        rank, step, tuple(SampledToken(*token) for token in tokens), experts, pairs, seconds
+    )
 
 
 def _sampling_fields(step: SamplingStep | None) -> tuple[object, ...] | None:

@@ -171,7 +171,8 @@ class RayWorkerGroup:
         if silent:
             names = [self._runs.index(run) for run in silent]
             return RankError(
-                f"ranks {names} did not answer within {self._step_timeout_seconds:.0f} s; are they stopped or swapping?"
+                f"ranks {names} did not answer within {self._step_timeout_seconds:.0f} s;"
+                " are they stopped or swapping?"
             )
         return lost_peer or RankError("the ranks closed their step channels without an error")
 
@@ -236,7 +237,9 @@ def _start_ray(num_ranks: int, config: RayConfig, num_threads: int) -> None:
             )
     except (RayError, ConnectionError, RuntimeError, ValueError) as error:
         where = config.address or "this machine"
-        raise MachineError(f"Ray did not start on {where}: {error}; see `lightmoe doctor`") from error
+        raise MachineError(
+            f"Ray did not start on {where}: {error}; see `lightmoe doctor`"
+        ) from error
 
 
 def _start_reaper() -> subprocess.Popen[bytes]:
@@ -246,9 +249,11 @@ def _start_reaper() -> subprocess.Popen[bytes]:
     that is gone. The shell waits for the end of its input, which comes with the end of the driver.
     """
     children = _children_of(os.getpid())
-    agents = [pid for raylet, name in children if name == "raylet" for pid, _ in _children_of(raylet)]
+    agents = [
+        pid for raylet, name in children if name == "raylet" for pid, _ in _children_of(raylet)
+    ]
     reaper = subprocess.Popen(
-        ["/bin/sh", "-c", 'read -r pids; read -r end; kill -9 $pids 2>/dev/null'],
+        ["/bin/sh", "-c", "read -r pids; read -r end; kill -9 $pids 2>/dev/null"],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -265,7 +270,9 @@ def _children_of(parent: int) -> list[tuple[int, str]]:
     children = []
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
-            lines = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+            lines = dict(
+                line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line
+            )
         except OSError:  # it has ended meanwhile
             continue
         if lines["PPid"] == str(parent):
@@ -279,18 +286,21 @@ def _bundle(config: RayConfig) -> dict[str, float]:
 
 def _place(num_ranks: int, config: RayConfig) -> PlacementGroup:
     strategy = "STRICT_PACK" if config.address is None else "PACK"
-    group = placement_group([_bundle(config)] * num_ranks, strategy=strategy)
+    group: PlacementGroup = placement_group([_bundle(config)] * num_ranks, strategy=strategy)
     try:
         ray.get(group.ready(), timeout=_START_TIMEOUT_SECONDS)
     except GetTimeoutError as error:
         raise MachineError(
-            f"Ray has no room for {num_ranks} ranks of {_bundle(config)}; it has {ray.cluster_resources()}"
+            f"Ray has no room for {num_ranks} ranks of {_bundle(config)};"
+            f" it has {ray.cluster_resources()}"
         ) from error
     return group
 
 
-def _gather(references: list[Any], stage: str, timeout_seconds: float, progress: Progress) -> list[Any]:
-    """Results in order, with progress as they come; a rank's own error comes out as it was raised."""
+def _gather(
+    references: list[Any], stage: str, timeout_seconds: float, progress: Progress
+) -> list[Any]:
+    """Results in order, with progress as they come; a rank's own error comes out as it was."""
     deadline = time.monotonic() + timeout_seconds
     waiting = list(references)
     progress(stage, 0, len(references))
@@ -298,7 +308,9 @@ def _gather(references: list[Any], stage: str, timeout_seconds: float, progress:
         done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
         if not done:
             late = [references.index(reference) for reference in waiting]
-            raise RankError(f"ranks {late} did not finish to {stage} within {timeout_seconds:.0f} s")
+            raise RankError(
+                f"ranks {late} did not finish to {stage} within {timeout_seconds:.0f} s"
+            )
         _raise_own_errors(done[0], references.index(done[0]))
         progress(stage, len(references) - len(waiting), len(references))
     results: list[Any] = ray.get(references)

@@ -33,7 +33,9 @@ class Runner:
         token_ids = [token for sequence in batch.sequences for token in sequence.token_ids]
         attention = self._attention_step(batch.sequences)
         hidden = self._decoder.forward(self._tensor(token_ids), attention)
-        return self._result(batch, self._sample(batch.sequences, attention.sequences, hidden), started)
+        return self._result(
+            batch, self._sample(batch.sequences, attention.sequences, hidden), started
+        )
 
     def _result(self, batch: Batch, tokens: tuple[SampledToken, ...], started: float) -> StepResult:
         layer_pairs = self._group.layer_pairs.astype(np.int32)

@@ -30,7 +30,8 @@ def sample(sequence_id: int, logits: np.ndarray, step: SamplingStep) -> SampledT
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits.astype(np.float64) - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
+    logprobs: np.ndarray = shifted - np.log(np.exp(shifted).sum())
+    return logprobs
 
 
 def _with_penalties(logits: np.ndarray, step: SamplingStep) -> np.ndarray:

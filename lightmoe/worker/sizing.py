@@ -1,4 +1,4 @@
-"""How much each rank holds: replicas and KV blocks from the memory that is there. Pure arithmetic."""
+"""How much each rank holds: replicas and KV blocks from the memory there is. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Sizing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """What a launch asks of its ranks. `rank_bytes` is what one rank may use for weights and cache."""
+    """What a launch asks; `rank_bytes` is what one rank may use for weights and cache."""
 
     model: ModelConfig
     num_ranks: int
@@ -57,7 +57,9 @@ def size_ranks(demand: Demand) -> Sizing:
 
     placement = _place(demand, 0)
     if not fits(placement):
-        raise _too_small(demand, placement, expert_bytes, dense_bytes, block_bytes, blocks_per_sequence)
+        raise _too_small(
+            demand, placement, expert_bytes, dense_bytes, block_bytes, blocks_per_sequence
+        )
     # Replicas need a rank other than the home, and pay from the size at which spares are the rule.
     most = model.num_experts if demand.num_spares or demand.num_ranks >= 4 else 0
     for replicas in range(most, 0, -1):
@@ -120,6 +122,6 @@ def _too_small(
             f" {weights / _GIB:.2f} GiB of weights, {have}; give --max-model-len {longest}"
         )
     return MachineError(
-        f"the weights need {weights / _GIB:.2f} GiB on a rank ({slots} experts and the dense layers),"
-        f" {have}; use more ranks (--gpus), a smaller model or more memory"
+        f"the weights need {weights / _GIB:.2f} GiB on a rank ({slots} experts and the dense"
+        f" layers), {have}; use more ranks (--gpus), a smaller model or more memory"
     )

@@ -18,6 +18,7 @@ from lightmoe.moe.dispatch import ExpertGroup
 from lightmoe.worker.config import BLOCK_SIZE, WorkerConfig
 from lightmoe.worker.runner import Runner
 
+
 class Worker:
     """A rank. `join` and `load` once, then `step` for ever."""
 
@@ -35,7 +36,9 @@ class Worker:
         """Meet the other ranks at the rendezvous; a rank alone has none."""
         num_ranks = self._config.placement.num_ranks
         if num_ranks > 1:
-            self._communicator = Communicator(self.rank, num_ranks, port, self._config.timeout_seconds)
+            self._communicator = Communicator(
+                self.rank, num_ranks, port, self._config.timeout_seconds
+            )
 
     def load(self) -> RankInfo:
         """Read what this rank hosts, make its cache, and say what it has."""
@@ -82,7 +85,9 @@ class Worker:
         return self._runner.step(batch)
 
 
-def run_steps(worker: Worker, receive: Callable[[], Batch | None], send: Callable[[StepResult], None]) -> None:
+def run_steps(
+    worker: Worker, receive: Callable[[], Batch | None], send: Callable[[StepResult], None]
+) -> None:
     """Step until `receive` returns None: the driver has gone or wants the end."""
     with torch.inference_mode():
         while (batch := receive()) is not None:

@@ -8,7 +8,14 @@ from lightmoe.moe.dispatch.base import Dispatcher, ExpertGroup, Receipt
 from lightmoe.moe.dispatch.gloo import GlooDispatcher
 from lightmoe.moe.dispatch.local import LocalDispatcher
 
-__all__ = ["Dispatcher", "ExpertGroup", "GlooDispatcher", "LocalDispatcher", "Receipt", "make_dispatcher"]
+__all__ = [
+    "Dispatcher",
+    "ExpertGroup",
+    "GlooDispatcher",
+    "LocalDispatcher",
+    "Receipt",
+    "make_dispatcher",
+]
 
 
 def make_dispatcher(group: ExpertGroup, layer: int) -> Dispatcher:

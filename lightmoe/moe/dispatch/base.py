@@ -61,7 +61,7 @@ class Dispatcher(Protocol):
         ...
 
     def combine(self, pairs: Tensor, weights: Tensor, receipt: Receipt) -> Tensor:
-        """Results back to their tokens, weighted, added in ascending k: [P, D] -> [T of chunk, D]."""
+        """Results back to their tokens, weighted, summed: [P, D] -> [T of the chunk, D]."""
         ...
 
 

@@ -37,7 +37,7 @@ class GlooDispatcher:
         return [self._receipt(everyone, chunk, num_chunks) for chunk in range(num_chunks)]
 
     def _share(self, experts: Tensor) -> list[np.ndarray]:
-        """Every rank's choice. An all-to-all of equal parts: gloo's all-gather is a ring, slower."""
+        """Every rank's choice, by an all-to-all: gloo's all-gather is a ring, and slower."""
         tokens_per_rank = self._group.tokens_per_rank
         num_ranks, num_per_token = len(tokens_per_rank), experts.shape[1]
         sent = experts.to(torch.int16).repeat(num_ranks, 1)

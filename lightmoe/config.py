@@ -1,0 +1,226 @@
+"""What a user may choose for a launch: one frozen record, from flags over a recipe over defaults.
+
+It only checks what can be known without a machine or a model; `auto` is resolved in launch.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sysconfig
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+from lightmoe.errors import UsageError
+
+Device = Literal["auto", "cuda", "cpu"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+PlacementStyle = Literal["spare", "spread"]
+Transport = Literal["auto", "local", "gloo"]
+Route = Literal["waterfill", "even", "none"]
+LoadFormat = Literal["auto", "dummy"]
+
+MAX_RANKS = 1024
+
+_INTEGER_BOUNDS: dict[str, tuple[int, int]] = {
+    "gpus": (1, MAX_RANKS),
+    "spares": (0, MAX_RANKS - 1),
+    "max_model_len": (1, 2**24),
+    "max_num_seqs": (1, 2**14),
+    "max_num_batched_tokens": (1, 2**20),
+    "seed": (0, 2**63 - 1),
+    "port": (0, 65535),
+}
+_BYTE_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("iB", 1024), ("B", 1000))
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchConfig:
+    """Everything that `lightmoe launch` and `LLM(...)` take; fields are named as the flags.
+
+    | field | meaning |
+    |---|---|
+    | model | a model folder, or a name looked up in `data_folders("models")` |
+    | gpus | number of ranks: GPUs, or processes where the device is the CPU |
+    | spares | ranks that hold replicas only; None: 2 from four ranks up, else 0 |
+    | placement | "spare": homes and spares; "spread": all ranks alike |
+    | route | how tokens are split over the replicas of an expert |
+    | max_model_len | tokens of prompt and answer together; None: what the model says |
+    | max_num_seqs, max_num_batched_tokens | per rank and step |
+    | memory_limit | per rank, for weights and KV cache, such as "11GiB"; None: no limit of ours |
+    | port | 0 takes any free one |
+    | address | a running Ray cluster; None starts a local one that ends with the launch |
+    """
+
+    model: str
+    gpus: int
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    spares: int | None = None
+    placement: PlacementStyle = "spare"
+    transport: Transport = "auto"
+    route: Route = "waterfill"
+    load_format: LoadFormat = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 512
+    memory_limit: str | None = None
+    served_model_name: str | None = None
+    seed: int = 0
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = field(default=None, repr=False)
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            _check_value(name, getattr(self, name), kind)
+        self._check_ranks()
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise UsageError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) is below max_num_seqs "
+                f"({self.max_num_seqs}); every running sequence needs one token a step"
+            )
+        if self.memory_limit is not None:
+            parse_bytes(self.memory_limit, name="memory_limit")
+
+    def _check_ranks(self) -> None:
+        if self.placement == "spread" and self.spares is not None:
+            raise UsageError(
+                f"spares ({self.spares}) has no meaning with placement spread, where all ranks are "
+                "alike; leave one of the two out"
+            )
+        if self.num_spares >= self.gpus:
+            raise UsageError(
+                f"spares ({self.num_spares}) leaves no home rank of gpus ({self.gpus}); "
+                f"at least one home rank is needed: give at most {self.gpus - 1} spares"
+            )
+        if self.transport == "local" and self.gpus > 1:
+            raise UsageError(
+                f"transport local joins one rank only and gpus is {self.gpus}; take auto or gloo"
+            )
+
+    @property
+    def num_spares(self) -> int:
+        """Ranks that hold replicas only: the last ones."""
+        if self.placement == "spread":
+            return 0
+        if self.spares is None:
+            return 2 if self.gpus >= 4 else 0
+        return self.spares
+
+    @property
+    def num_homes(self) -> int:
+        """Ranks that hold the first slot of some expert."""
+        return self.gpus - self.num_spares
+
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        """`memory_limit` in bytes per rank."""
+        return None if self.memory_limit is None else parse_bytes(self.memory_limit)
+
+    @classmethod
+    def from_recipe(cls, recipe: str | Path | None, overrides: Mapping[str, object]) -> Self:
+        """Merge `overrides` (the flags that were given; None counts as not given) over a recipe.
+
+        Raises UsageError for an unreadable recipe, an unknown key or a value out of range.
+        """
+        values = {} if recipe is None else load_recipe(recipe)
+        _check_keys(overrides, "the arguments")
+        values |= {name: value for name, value in overrides.items() if value is not None}
+        for required in (item.name for item in fields(cls) if _is_required(item)):
+            if required not in values:
+                raise UsageError(
+                    f"{required} is missing; give --{required}, or a recipe that sets it"
+                )
+        return cls(**values)
+
+
+def load_recipe(recipe: str | Path) -> dict[str, Any]:
+    """Read a TOML recipe: a path, or a name looked up in `data_folders("launch")`.
+
+    Raises UsageError where it is missing, is no TOML, or has a key that LaunchConfig lacks.
+    """
+    path = _find_recipe(recipe)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {path} is not valid TOML: {error}") from error
+    except OSError as error:
+        raise UsageError(f"recipe {path} cannot be read: {error.strerror}") from error
+    _check_keys(values, f"recipe {path}")
+    return values
+
+
+def data_folders(kind: Literal["models", "launch"]) -> list[Path]:
+    """Folders where a name is looked up, best first: ./kind, the checkout's, the installed ones."""
+    checkout = Path(__file__).resolve().parents[1]
+    folders = [Path.cwd() / kind]
+    if (checkout / "pyproject.toml").is_file():
+        folders.append(checkout / kind)
+    for scheme in (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user")):
+        folders.append(Path(sysconfig.get_path("data", scheme)) / "share" / "lightmoe" / kind)
+    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+
+def parse_bytes(text: str, name: str = "size") -> int:
+    """Read "11GiB", "512MiB", "1.5GB" or "1048576" as a number of bytes; raises UsageError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip(), flags=re.ASCII)
+    factor = _BYTE_UNITS.get(match[2]) if match else None
+    num_bytes = int(float(match[1]) * factor) if match and factor else 0
+    if num_bytes < 1:
+        raise UsageError(f'{name} is {text!r}; give a size such as "11GiB" or "512MiB"')
+    return num_bytes
+
+
+def _find_recipe(recipe: str | Path) -> Path:
+    path = Path(recipe)
+    if path.exists() or path.parent != Path():
+        return path
+    folders = data_folders("launch")
+    candidates = [folder / f"{path.name.removesuffix('.toml')}.toml" for folder in folders]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = sorted({file.stem for folder in folders for file in folder.glob("*.toml")})
+    raise UsageError(
+        f"recipe {str(recipe)!r} is no file here and no known name; "
+        f"give a path, or one of: {', '.join(known) or 'none found'}"
+    )
+
+
+def _check_keys(names: Iterable[str], source: str) -> None:
+    known = [item.name for item in fields(LaunchConfig)]
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+            raise UsageError(f"unknown key {name!r} in {source}; {remedy}")
+
+
+def _check_value(name: str, value: object, kind: Any) -> None:
+    if get_origin(kind) in (Union, UnionType):
+        if value is None:
+            return
+        kind = next(part for part in get_args(kind) if part is not type(None))
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise UsageError(f"{name} is {value!r}; give one of: {', '.join(get_args(kind))}")
+    elif kind is int:
+        low, high = _INTEGER_BOUNDS[name]
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise UsageError(f"{name} is {value!r}; give an integer from {low} to {high}")
+    elif not isinstance(value, str) or not value:
+        raise UsageError(f"{name} is {value!r}; give a text that is not empty")
+
+
+def _is_required(item: Any) -> bool:
+    return item.default is MISSING and item.default_factory is MISSING

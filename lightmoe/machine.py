@@ -1,0 +1,223 @@
+"""Reads the machine: memory, driver, installed packages, Ray's files, the port. Judges nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import socket
+import stat
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pynvml
+
+RAY_TOKEN = Path.home() / ".ray" / "auth_token"
+RAY_CURRENT_CLUSTER = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"
+_LISTENING = "0A"  # the state column of /proc/net/tcp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One card as the driver names it; compute capability (7, 5) is sm_75."""
+
+    name: str
+    compute_capability: tuple[int, int]
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Driver:
+    """The NVIDIA driver and its cards; `error` says why a driver that is there does not answer."""
+
+    version: str | None = None
+    gpus: tuple[Gpu, ...] = ()
+    error: str | None = None
+
+    @property
+    def major(self) -> int:
+        """535 of 535.183.01; 0 without a driver."""
+        return int(self.version.split(".")[0]) if self.version else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Torch:
+    """The installed torch; `cuda` is the CUDA version that it was built for."""
+
+    version: str | None = None
+    cuda: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What `probe` read. Sizes are free bytes; None where the system does not tell."""
+
+    python: tuple[int, int]
+    num_cores: int
+    ram_bytes: int | None
+    shm_bytes: int | None
+    temporary_bytes: int
+    driver: Driver
+    torch: Torch
+    cupy: tuple[str, ...]
+    ray: str | None
+    ray_cluster: str | None
+    ray_token_mode: int | None
+    port: int
+    port_error: str | None
+    loopback_error: str | None
+
+
+def probe(port: int) -> Machine:
+    """Read this machine; imports torch, so it takes about two seconds."""
+    shm = Path("/dev/shm")
+    return Machine(
+        python=sys.version_info[:2],
+        num_cores=len(os.sched_getaffinity(0)),
+        ram_bytes=free_ram_bytes(),
+        shm_bytes=shutil.disk_usage(shm).free if shm.is_dir() else None,
+        temporary_bytes=shutil.disk_usage(tempfile.gettempdir()).free,
+        driver=read_driver(),
+        torch=read_torch(),
+        cupy=read_cupy(),
+        ray=installed_version("ray"),
+        ray_cluster=read_ray_cluster(),
+        ray_token_mode=file_mode(RAY_TOKEN),
+        port=port,
+        port_error=port_error(port),
+        loopback_error=loopback_error(),
+    )
+
+
+def free_ram_bytes(root: Path = Path("/")) -> int | None:
+    """Memory that can still be had: of the machine, or of the container if that is less."""
+    meminfo, group = root / "proc/meminfo", root / "sys/fs/cgroup"
+    if not meminfo.is_file():
+        return None
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) << 10
+    limit = group / "memory.max"
+    if limit.is_file() and limit.read_text().strip() != "max":
+        used = int((group / "memory.current").read_text()) - _reclaimable_bytes(group)
+        free = min(free, int(limit.read_text()) - used)
+    return free
+
+
+def _reclaimable_bytes(group: Path) -> int:
+    lines = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return int(dict(lines)["inactive_file"])
+
+
+def read_driver() -> Driver:
+    """Ask the driver for its version and its cards."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError_LibraryNotFound:
+        return Driver()
+    except pynvml.NVMLError as error:
+        return Driver(error=str(error))
+    try:
+        gpus = tuple(_read_gpu(index) for index in range(pynvml.nvmlDeviceGetCount()))
+        return Driver(version=pynvml.nvmlSystemGetDriverVersion(), gpus=gpus)
+    except pynvml.NVMLError as error:
+        return Driver(error=str(error))
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _read_gpu(index: int) -> Gpu:
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    return Gpu(
+        name=pynvml.nvmlDeviceGetName(handle),
+        compute_capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
+        memory_bytes=pynvml.nvmlDeviceGetMemoryInfo(handle).total,
+    )
+
+
+def installed_version(distribution: str) -> str | None:
+    """Version of an installed package without importing it; None if it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def read_torch() -> Torch:
+    """Version and build of torch, and why it cannot be imported if it cannot."""
+    version = installed_version("torch")
+    if version is None:
+        return Torch()
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return Torch(version=version, error=f"{version} cannot be imported: {error}")
+    return Torch(version=version, cuda=torch.version.cuda)
+
+
+def read_cupy() -> tuple[str, ...]:
+    """Every installed build of cupy, such as "cupy-cuda12x 14.2.0"; there should be one at most."""
+    names = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
+    found = ((name, installed_version(name)) for name in names)
+    return tuple(f"{name} {version}" for name, version in found if version)
+
+
+def read_ray_cluster() -> str | None:
+    """Address of a Ray cluster that plain Ray programs would join here."""
+    if address := os.environ.get("RAY_ADDRESS"):
+        return address
+    return RAY_CURRENT_CLUSTER.read_text().strip() if RAY_CURRENT_CLUSTER.is_file() else None
+
+
+def file_mode(path: Path) -> int | None:
+    """Permission bits of a file; None if there is none."""
+    return stat.S_IMODE(path.stat().st_mode) if path.is_file() else None
+
+
+def port_error(port: int) -> str | None:
+    """Why nobody can listen on this port of 127.0.0.1, with the holder's name where it shows."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+            listener.listen()
+        except OSError as error:
+            holder = port_holder(port)
+            return f"held by {holder}" if holder else str(error.strerror)
+    return None
+
+
+def port_holder(port: int, proc: Path = Path("/proc")) -> str | None:
+    """Name and process id of who listens on a port; None where /proc does not show it."""
+    sockets = _listening_sockets(port, proc)
+    for process in proc.glob("[0-9]*"):
+        try:
+            if any(os.readlink(entry) in sockets for entry in (process / "fd").iterdir()):
+                return f"{(process / 'comm').read_text().strip()} (process {process.name})"
+        except OSError:  # another user's process, or one that has just ended
+            continue
+    return None
+
+
+def _listening_sockets(port: int, proc: Path) -> set[str]:
+    sockets = set()
+    for table in (proc / "net/tcp", proc / "net/tcp6"):
+        rows = table.read_text().splitlines()[1:] if table.is_file() else []
+        for row in rows:
+            columns = row.split()
+            local, state, inode = columns[1], columns[3], columns[9]
+            if state == _LISTENING and int(local.rpartition(":")[2], 16) == port:
+                sockets.add(f"socket:[{inode}]")
+    return sockets
+
+
+def loopback_error() -> str | None:
+    """Why 127.0.0.1 cannot be reached from 127.0.0.1: gloo and the step channel use it."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            socket.create_connection(listener.getsockname(), timeout=5).close()
+    except OSError as error:
+        return str(error)
+    return None

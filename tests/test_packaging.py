@@ -1,0 +1,75 @@
+"""The files of the package agree: dependencies and pins, model folders and CMake, make."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+STACKS = {"cpu": [], "cuda12": ["cuda12"], "cuda13": ["cuda13"]}
+
+
+@pytest.fixture
+def project(checkout: Path) -> dict:
+    return tomllib.loads((checkout / "pyproject.toml").read_text())["project"]
+
+
+def read_pins(path: Path) -> dict[str, str]:
+    """Name -> version of a constraints file and of those it includes."""
+    pins = {}
+    for line in path.read_text().splitlines():
+        if line.startswith("-c "):
+            pins |= read_pins(path.parent / line.removeprefix("-c "))
+        elif line and not line.startswith("#"):
+            name, version = line.split("==")
+            pins[canonicalize_name(name)] = version
+    return pins
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_every_dependency_is_pinned_within_its_range(
+    checkout: Path, project: dict, stack: str
+) -> None:
+    pins = read_pins(checkout / "constraints" / f"{stack}.txt")
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + extras["test"] + extras["plot"]
+    wanted += [requirement for extra in STACKS[stack] for requirement in extras[extra]]
+    for requirement in map(Requirement, wanted):
+        pin = pins.get(canonicalize_name(requirement.name), "no pin")
+        assert pin in requirement.specifier, f"{requirement} is not met by {pin} of {stack}.txt"
+
+
+@pytest.mark.parametrize(
+    ("stack", "torch"), [("cpu", "2.13.0"), ("cuda12", "2.10.0"), ("cuda13", "2.15.0")]
+)
+def test_torch_of_each_stack(checkout: Path, stack: str, torch: str) -> None:
+    assert read_pins(checkout / "constraints" / f"{stack}.txt")["torch"] == torch
+
+
+def test_cmake_and_gitignore_name_the_same_models(checkout: Path) -> None:
+    cmake = (checkout / "CMakeLists.txt").read_text()
+    listed = set(re.search(r"CONFIG_ONLY_MODELS ([^)]*)\)", cmake)[1].split()) | {"mixtral-lite"}
+    ignored = (checkout / ".gitignore").read_text()
+    assert listed == set(re.findall(r"^!/models/([\w.-]+)/$", ignored, flags=re.MULTILINE))
+    assert [
+        name for name in listed if not (checkout / "models" / name / "config.json").is_file()
+    ] == []
+
+
+def test_make_refuses_an_unknown_stack(checkout: Path) -> None:
+    done = subprocess.run(
+        ["make", "install", "GPU=tpu"], cwd=checkout, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "GPU=tpu is unknown; give one of: cpu cuda12 cuda13" in done.stderr
+
+
+def test_make_help_lists_the_commands(checkout: Path) -> None:
+    done = subprocess.run(["make"], cwd=checkout, capture_output=True, text=True, check=True)
+    for command in ("install", "launch", "test", "check", "wheel", "clean"):
+        assert f"make {command} " in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import queue
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -156,28 +157,36 @@ class LLM:
 
     def _run(self, generations: list[_Generation]) -> list[GenerationOutput]:
         engine = self._launched.engine
+        waiting = deque(
+            (generation, index, request)
+            for generation in generations
+            for index, request in enumerate(generation.requests())
+        )
         events: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
-        choices: dict[str, tuple[_Generation, int]] = {}
+        running: dict[str, tuple[_Generation, int]] = {}
         try:
-            for generation in generations:
-                for index, request in enumerate(generation.requests()):
+            while waiting or running:
+                # The engine's queue has an end; a list of prompts need not.
+                while waiting and len(running) < engine.max_num_queued_reqs:
+                    generation, index, request = waiting.popleft()
                     engine.submit(request, events.put)
-                    choices[request.request_id] = (generation, index)
-            while choices:
-                event = events.get()
-                if event.request_id not in choices:
-                    continue  # ended here by a stop string; the engine had one more on the way
-                generation, index = choices[event.request_id]
-                if event.error is not None:
-                    raise event.error
-                if generation.take(index, event):
-                    del choices[event.request_id]
-                    if event.finish_reason is None:
-                        engine.abort(event.request_id)
+                    running[request.request_id] = (generation, index)
+                self._take(events.get(), running)
         finally:
-            for request_id in choices:
+            for request_id in running:
                 engine.abort(request_id)
         return [generation.output for generation in generations]
+
+    def _take(self, event: RequestOutput, running: dict[str, tuple[_Generation, int]]) -> None:
+        if event.request_id not in running:
+            return  # ended here by a stop string; the engine had one more on the way
+        generation, index = running[event.request_id]
+        if event.error is not None:
+            raise event.error
+        if generation.take(index, event):
+            del running[event.request_id]
+            if event.finish_reason is None:
+                self._launched.engine.abort(event.request_id)
 
 
 class _Generation:

@@ -238,8 +238,8 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(server: Server) -> None
     assert str(server.process.pid) in ran.stderr
 
 
-def test_dummy_weights_take_token_ids_and_say_so(tmp_path: Path) -> None:
-    config = json.loads(Path("models/mixtral-lite/config.json").read_text())
+def test_dummy_weights_take_token_ids_and_say_so(tmp_path: Path, checkout: Path) -> None:
+    config = json.loads((checkout / "models/mixtral-lite/config.json").read_text())
     folder = tmp_path / "made-up"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
@@ -247,20 +247,27 @@ def test_dummy_weights_take_token_ids_and_say_so(tmp_path: Path) -> None:
         with Client(server.url) as client:
             assert client.models()[0]["dummy_weights"] is True
             assert client.complete([1, 2, 3], max_tokens=4).num_completion_tokens == 4
-        with openai.OpenAI(base_url=server.url + "/v1", api_key="none") as client:
-            with pytest.raises(openai.BadRequestError, match="token ids"):
-                client.completions.create(model="made-up", prompt="text", max_tokens=4)
+        with (
+            openai.OpenAI(base_url=server.url + "/v1", api_key="none") as client,
+            pytest.raises(openai.BadRequestError, match="token ids"),
+        ):
+            client.completions.create(model="made-up", prompt="text", max_tokens=4)
 
 
 def test_the_environment_of_the_caller_is_left_alone() -> None:
     code = (
-        "import os; before = dict(os.environ); from lightmoe import LLM;"
-        "LLM('mixtral-lite', gpus=2).close();"
-        "changed = {k for k in os.environ.keys() | before.keys() if os.environ.get(k) != before.get(k)};"
-        "print([k for k in sorted(changed) if not k.startswith(('RAY_', '__'))])"
+        "import os; from lightmoe import LLM; LLM('mixtral-lite', gpus=2).close();"
+        "print([name for name in ('OMP_NUM_THREADS', 'RAY_USAGE_STATS_ENABLED') if name in os.environ],"
+        " oct(os.umask(0)))"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    ours = ("OMP_NUM_THREADS", "RAY_USAGE_STATS_ENABLED")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     ran = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+        umask=0o022,
     )
-    assert ran.stdout.strip() == "[]"
+    assert ran.stdout.strip() == "[] 0o22"

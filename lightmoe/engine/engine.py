@@ -100,6 +100,11 @@ class Engine:
 
     # Any thread.
 
+    @property
+    def max_num_queued_reqs(self) -> int:
+        """Requests that may run and wait together."""
+        return self._config.max_num_queued_reqs
+
     def start(self) -> None:
         """Begin to run steps."""
         self._thread.start()
@@ -282,9 +287,11 @@ class Engine:
                 "max_tokens" if num_prompt < limit else "prompt",
             )
         vocab_size = self.model.vocab_size
-        for token in request.prompt_token_ids:
-            if not 0 <= token < vocab_size:
-                raise RequestError(f"token id {token} is not in 0 .. {vocab_size - 1}", "prompt")
+        stop_token_ids = request.params.stop_token_ids
+        for name, ids in (("prompt", request.prompt_token_ids), ("stop_token_ids", stop_token_ids)):
+            for token in ids:
+                if not 0 <= token < vocab_size:
+                    raise RequestError(f"token id {token} is not in 0 .. {vocab_size - 1}", name)
 
     def _admit(self, request: Request, on_output: OutputCallback) -> None:
         params = request.params

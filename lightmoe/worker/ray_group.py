@@ -31,6 +31,7 @@ from lightmoe.worker.config import BLOCK_SIZE, WorkerConfig
 Progress = Callable[[str, int, int], None]
 """Called with a stage ("start" or "load"), how many ranks are done, and how many there are."""
 
+_PLACE_TIMEOUT_SECONDS = 30.0
 _START_TIMEOUT_SECONDS = 120.0
 _LOAD_TIMEOUT_SECONDS = 1800.0
 
@@ -107,11 +108,11 @@ class RayWorkerGroup:
         if self._owns_ray:
             _start_ray(self._num_ranks, ray_config, config.num_threads)
             self._reaper = _start_reaper()
-        group = _place(self._num_ranks, ray_config)
+        bundle = _bundle(ray_config)
+        group = _place(self._num_ranks, bundle)
         token = secrets.token_bytes(32)
         listener = channel.StepListener(token)
         actor_class = ray.remote(RankActor)
-        bundle = _bundle(ray_config)
         self._actors = [
             actor_class.options(
                 num_cpus=bundle["CPU"],
@@ -281,18 +282,19 @@ def _children_of(parent: int) -> list[tuple[int, str]]:
 
 
 def _bundle(config: RayConfig) -> dict[str, float]:
-    return {"CPU": 1.0, **({"GPU": float(config.gpus_per_rank)} if config.gpus_per_rank else {})}
+    """What one rank needs. The last entry ties it to the driver's node: our sockets are loopback."""
+    gpus = {"GPU": float(config.gpus_per_rank)} if config.gpus_per_rank else {}
+    return {"CPU": 1.0, **gpus, f"node:{ray.util.get_node_ip_address()}": 0.0001}
 
 
-def _place(num_ranks: int, config: RayConfig) -> PlacementGroup:
-    strategy = "STRICT_PACK" if config.address is None else "PACK"
-    group: PlacementGroup = placement_group([_bundle(config)] * num_ranks, strategy=strategy)
+def _place(num_ranks: int, bundle: dict[str, float]) -> PlacementGroup:
+    group: PlacementGroup = placement_group([bundle] * num_ranks, strategy="STRICT_PACK")
     try:
-        ray.get(group.ready(), timeout=_START_TIMEOUT_SECONDS)
+        ray.get(group.ready(), timeout=_PLACE_TIMEOUT_SECONDS)
     except GetTimeoutError as error:
         raise MachineError(
-            f"Ray has no room for {num_ranks} ranks of {_bundle(config)};"
-            f" it has {ray.cluster_resources()}"
+            f"Ray has no room for {num_ranks} ranks of {bundle} on this node;"
+            f" the cluster has {ray.available_resources()} free"
         ) from error
     return group
 

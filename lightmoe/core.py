@@ -1,6 +1,6 @@
 """The nouns that several rooms share. Plain data: no torch, no sockets, no clocks.
 
-Shapes: T tokens on this rank, E experts, K experts per token, L layers.
+Shapes: T tokens on this rank, E experts, K experts per token, L layers that have experts.
 """
 
 from __future__ import annotations
@@ -253,8 +253,9 @@ class LoadReport:
 class ModelInfo:
     """What clients and the front need to know of the served model.
 
-    `generation_defaults` are the sampling fields of generation_config.json (temperature, top_p,
-    top_k, ...) that hold where a request says nothing.
+    `num_layers` counts the layers that have experts. `generation_defaults` are the
+    sampling fields of generation_config.json (temperature, top_p, top_k, ...) that hold where a
+    request says nothing.
     """
 
     name: str

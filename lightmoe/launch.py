@@ -211,7 +211,7 @@ def _model_info(
         name=config.served_model_name or folder.name,
         folder=str(folder),
         architecture=model.architecture,
-        num_layers=model.num_hidden_layers,
+        num_layers=len(model.moe_layers),
         num_experts=model.num_experts,
         vocab_size=model.vocab_size,
         max_model_len=sizing.max_model_len,

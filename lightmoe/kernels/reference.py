@@ -38,19 +38,36 @@ def topk_gate(
     *,
     renormalize: bool,
     scale: float = 1.0,
+    num_groups: int = 1,
+    num_groups_per_token: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Choose experts: [T, D] x [E, D] -> experts int64 [T, K], weights fp32 [T, K].
 
     Softmax over all experts in fp32, the K best in descending order, ties to the lowest index;
     `renormalize` divides the K weights by their sum (Mixtral), `scale` multiplies them
-    (DeepSeek's routed_scaling_factor).
+    (DeepSeek's routed_scaling_factor). The logits are computed in the dtype of `router_weight`.
+
+    With more than one group (DeepSeek-V2's group_limited_greedy) experts count in `num_groups`
+    equal groups of neighbours; only the `num_groups_per_token` groups with the best single expert
+    take part, ties to the lowest group. They need to hold K experts.
     """
-    scores = matmul(hidden, router_weight).float().softmax(dim=-1)
+    scores = matmul(hidden.to(router_weight.dtype), router_weight).float().softmax(dim=-1)
+    if num_groups_per_token < num_groups:
+        scores = _keep_best_groups(scores, num_groups, num_groups_per_token)
     best = torch.sort(scores, dim=-1, descending=True, stable=True)
     weights = best.values[:, :num_experts_per_token]
     if renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return best.indices[:, :num_experts_per_token].contiguous(), weights * scale
+
+
+def _keep_best_groups(scores: Tensor, num_groups: int, num_groups_per_token: int) -> Tensor:
+    """Scores [T, E] with -1, less than any score, in all but each token's best groups."""
+    grouped: Tensor = scores.unflatten(1, (num_groups, -1))
+    order = torch.sort(grouped.amax(dim=-1), dim=-1, descending=True, stable=True).indices
+    left_out = torch.ones_like(order, dtype=torch.bool)
+    left_out.scatter_(1, order[:, :num_groups_per_token], False)
+    return grouped.masked_fill(left_out[:, :, None], -1.0).flatten(1)
 
 
 def permute(rows: Tensor, row_index: Tensor) -> Tensor:

@@ -18,7 +18,10 @@ from lightmoe.layers.basic import Linear, RMSNorm, rotate
 
 
 class KVCache:
-    """Keys and values of one rank in blocks: [L, blocks, block size, KV heads, head_dim] each."""
+    """Keys and values of one rank in blocks: [L, blocks, block size, heads, width] each.
+
+    The two widths need not be equal; a model that finds its values in the keys has value width 0.
+    """
 
     def __init__(
         self,
@@ -26,14 +29,15 @@ class KVCache:
         num_blocks: int,
         block_size: int,
         num_heads: int,
-        head_dim: int,
+        key_width: int,
+        value_width: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_layers, num_blocks, block_size, num_heads, head_dim)
+        shape = (num_layers, num_blocks, block_size, num_heads)
         # Pages that no sequence has touched cost no memory on a CPU.
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.keys = torch.empty(*shape, key_width, dtype=dtype, device=device)
+        self.values = torch.empty(*shape, value_width, dtype=dtype, device=device)
         self.block_size = block_size
 
 

@@ -1,4 +1,4 @@
-"""Norms, products and embeddings. All row-invariant: see kernels/reference.py."""
+"""Norms, products, the dense MLP and rotary positions. All row-invariant: kernels/reference.py."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightmoe import kernels
+from lightmoe.layers.yarn import Yarn
 
 
 class Linear:
@@ -17,6 +18,33 @@ class Linear:
     def __call__(self, hidden: Tensor) -> Tensor:
         """[T, D] -> [T, N]."""
         return kernels.matmul(hidden, self._weight)
+
+
+class HeadLinear:
+    """A product of its own for each head: weights [H, N, D]."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self._weights = weights
+        self.num_heads, _, self.input_width = weights.shape
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        """[T, H, D] -> [T, H, N]."""
+        # Contiguous rows, as in any other product: strides may change the order of sums.
+        by_head = heads.transpose(0, 1).contiguous()
+        products = [kernels.matmul(*pair) for pair in zip(by_head, self._weights, strict=True)]
+        return torch.stack(products, dim=1)
+
+
+class SwiGLU:
+    """down(silu(gate) * up), gate and up [F, D], down [D, F]: dense layers and shared experts."""
+
+    def __init__(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
+        self._gate_up = Linear(torch.cat([gate, up]))
+        self._down = Linear(down)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        return self._down(kernels.swiglu(self._gate_up(hidden)))
 
 
 class RMSNorm:
@@ -37,15 +65,23 @@ class Rotary:
     """Rotary position embedding (Su et al. 2021), halves rotated as in Hugging Face's models."""
 
     def __init__(
-        self, head_dim: int, theta: float, num_positions: int, device: torch.device
+        self,
+        head_dim: int,
+        theta: float,
+        num_positions: int,
+        device: torch.device,
+        yarn: Yarn | None = None,
     ) -> None:
         powers = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-        angles = torch.outer(
-            torch.arange(num_positions, device=device).float(), 1.0 / theta**powers
-        )
+        frequencies = 1.0 / theta**powers
+        scale = 1.0
+        if yarn is not None:
+            frequencies = frequencies * torch.tensor(yarn.stretch(head_dim, theta), device=device)
+            scale = yarn.table_scale
+        angles = torch.outer(torch.arange(num_positions, device=device).float(), frequencies)
         angles = torch.cat([angles, angles], dim=-1)
-        self._cos = angles.cos()  # [positions, head_dim]
-        self._sin = angles.sin()
+        self._cos = angles.cos() * scale  # [positions, head_dim]
+        self._sin = angles.sin() * scale
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of each token's position, once a step: [T, 1, head_dim] each."""
@@ -57,3 +93,13 @@ def rotate(heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = tables
     first, second = heads.chunk(2, dim=-1)
     return heads * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def halves_from_pairs(heads: Tensor) -> Tensor:
+    """Even columns first, odd ones after: [..., D] -> [..., D].
+
+    DeepSeek rotates columns 2i and 2i + 1 together, `rotate` i and i + D/2. Reordered alike,
+    queries and keys have the same products.
+    """
+    pairs: Tensor = heads.unflatten(-1, (-1, 2))
+    return pairs.transpose(-1, -2).flatten(-2)

@@ -1,106 +1,16 @@
-"""config.json as numbers, and the tensors that such a model needs. No torch here: the front reads
-it before any rank starts.
-
-Shapes: D model width, F expert width, E experts, H heads.
-"""
+"""config.json read into a ModelConfig, or refused by name. No torch here."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightmoe.errors import CheckpointError, UnsupportedModelError
+from lightmoe.layers.yarn import Yarn, magnitude
+from lightmoe.models.model_config import MLAConfig, ModelConfig
 
-Shapes = Iterator[tuple[str, tuple[int, ...]]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
-    """What the models here need to know, under the names of Hugging Face's config.json.
-
-    `mlp_prefix` and `expert_names` (gate, up, down) say how the checkpoint spells its experts.
-    """
-
-    architecture: str
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    num_experts: int
-    num_experts_per_tok: int
-    moe_intermediate_size: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    rope_theta: float
-    tie_word_embeddings: bool
-    norm_topk_prob: bool
-    qk_norm: bool
-    mlp_prefix: str
-    expert_names: tuple[str, str, str]
-    eos_token_ids: tuple[int, ...]
-
-    def expert_tensor(self, layer: int, expert: int, part: int) -> str:
-        """Name of an expert's gate (part 0), up (1) or down (2) weight."""
-        prefix = f"model.layers.{layer}.{self.mlp_prefix}.experts.{expert}"
-        return f"{prefix}.{self.expert_names[part]}.weight"
-
-    def dense_tensors(self) -> Shapes:
-        """Name and shape of every tensor that each rank holds."""
-        width, query = self.hidden_size, self.num_attention_heads * self.head_dim
-        key_value = self.num_key_value_heads * self.head_dim
-        yield "model.embed_tokens.weight", (self.vocab_size, width)
-        for layer in range(self.num_hidden_layers):
-            prefix = f"model.layers.{layer}."
-            yield prefix + "input_layernorm.weight", (width,)
-            yield prefix + "self_attn.q_proj.weight", (query, width)
-            yield prefix + "self_attn.k_proj.weight", (key_value, width)
-            yield prefix + "self_attn.v_proj.weight", (key_value, width)
-            yield prefix + "self_attn.o_proj.weight", (width, query)
-            if self.qk_norm:
-                yield prefix + "self_attn.q_norm.weight", (self.head_dim,)
-                yield prefix + "self_attn.k_norm.weight", (self.head_dim,)
-            yield prefix + "post_attention_layernorm.weight", (width,)
-            yield prefix + self.mlp_prefix + ".gate.weight", (self.num_experts, width)
-        yield "model.norm.weight", (width,)
-        if not self.tie_word_embeddings:
-            yield "lm_head.weight", (self.vocab_size, width)
-
-    def expert_tensors(self, layer: int, expert: int) -> Shapes:
-        """Name and shape of one expert's gate, up and down."""
-        wide, tall = (
-            (self.moe_intermediate_size, self.hidden_size),
-            (self.hidden_size, self.moe_intermediate_size),
-        )
-        for part, shape in enumerate((wide, wide, tall)):
-            yield self.expert_tensor(layer, expert, part), shape
-
-    def all_tensors(self) -> Shapes:
-        """Name and shape of every tensor of the checkpoint."""
-        yield from self.dense_tensors()
-        for layer in range(self.num_hidden_layers):
-            for expert in range(self.num_experts):
-                yield from self.expert_tensors(layer, expert)
-
-    @property
-    def expert_elements(self) -> int:
-        """Elements of one expert."""
-        return 3 * self.hidden_size * self.moe_intermediate_size
-
-    @property
-    def dense_elements(self) -> int:
-        """Elements of everything that is not an expert."""
-        total = 0
-        for _, shape in self.dense_tensors():
-            elements = 1
-            for size in shape:
-                elements *= size
-            total += elements
-        return total
+__all__ = ["ModelConfig", "read_config", "read_json"]
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -118,6 +28,11 @@ def read_config(folder: Path) -> ModelConfig:
     except KeyError as error:
         raise CheckpointError(
             f"{folder / 'config.json'} lacks {error}; take a complete config.json"
+        ) from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'} has a value of the wrong kind ({error});"
+            " take the model's own config.json"
         ) from error
 
 
@@ -144,14 +59,49 @@ def _eos_token_ids(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list) else (value,)
 
 
-def _common(raw: dict[str, Any], eos_token_ids: tuple[int, ...]) -> dict[str, Any]:
-    heads = raw["num_attention_heads"]
-    rope = raw.get("rope_parameters") or {}
-    kind = rope.get("rope_type", "default")
-    if raw.get("rope_scaling") or kind != "default":
+def _rope(raw: dict[str, Any], served_types: tuple[str, ...]) -> dict[str, Any]:
+    """Rotary parameters in today's spelling; older files have rope_scaling beside rope_theta."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    unnamed = "with no type" if raw.get("rope_scaling") else "default"
+    rope_type = rope.get("rope_type") or rope.get("type") or unnamed
+    if rope_type not in served_types:
         raise UnsupportedModelError(
-            f"rope scaling {raw.get('rope_scaling') or kind!r} has no code here"
+            f"rope scaling {rope_type!r} has no code here; served: {', '.join(served_types)}"
         )
+    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1):
+        raise UnsupportedModelError("partial_rotary_factor has no code here; only 1 is served")
+    return {
+        **rope,
+        "rope_type": rope_type,
+        "rope_theta": float(rope.get("rope_theta") or raw["rope_theta"]),
+    }
+
+
+def _yarn(rope: dict[str, Any]) -> Yarn:
+    if not rope.get("truncate", True):
+        raise UnsupportedModelError("yarn with truncate false has no code here")
+    factor = float(rope["factor"])
+    mscale, mscale_all_dim = rope.get("mscale") or 0.0, rope.get("mscale_all_dim") or 0.0
+    table_scale = rope.get("attention_factor")
+    if table_scale is None and mscale and mscale_all_dim:
+        table_scale = magnitude(factor, mscale) / magnitude(factor, mscale_all_dim)
+    return Yarn(
+        factor=factor,
+        original_max_position_embeddings=rope["original_max_position_embeddings"],
+        beta_fast=rope.get("beta_fast") or 32,
+        beta_slow=rope.get("beta_slow") or 1,
+        table_scale=magnitude(factor, 1.0) if table_scale is None else table_scale,
+        mscale_all_dim=mscale_all_dim,
+    )
+
+
+def _common(
+    raw: dict[str, Any],
+    eos_token_ids: tuple[int, ...],
+    rope_types: tuple[str, ...] = ("default",),
+) -> dict[str, Any]:
+    heads = raw["num_attention_heads"]
+    rope = _rope(raw, rope_types)
     if raw.get("sliding_window") and raw.get("use_sliding_window", True):
         raise UnsupportedModelError(
             f"sliding_window {raw['sliding_window']} has no code here; only null is served"
@@ -171,7 +121,8 @@ def _common(raw: dict[str, Any], eos_token_ids: tuple[int, ...]) -> dict[str, An
         "num_experts_per_tok": raw["num_experts_per_tok"],
         "max_position_embeddings": raw["max_position_embeddings"],
         "rms_norm_eps": raw["rms_norm_eps"],
-        "rope_theta": float(rope.get("rope_theta") or raw["rope_theta"]),
+        "rope_theta": rope["rope_theta"],
+        "yarn": _yarn(rope) if rope["rope_type"] == "yarn" else None,
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
         "eos_token_ids": eos_token_ids,
     }
@@ -198,7 +149,8 @@ def _read_qwen3_moe(raw: dict[str, Any], eos_token_ids: tuple[int, ...]) -> Mode
         raise UnsupportedModelError("attention_bias true has no code here")
     return ModelConfig(
         **_common(raw, eos_token_ids),
-        num_experts=raw["num_experts"],
+        # transformers 5 saves the published files' num_experts under the second name.
+        num_experts=raw["num_experts"] if "num_experts" in raw else raw["num_local_experts"],
         moe_intermediate_size=raw["moe_intermediate_size"],
         norm_topk_prob=bool(raw.get("norm_topk_prob", False)),
         qk_norm=True,
@@ -207,4 +159,69 @@ def _read_qwen3_moe(raw: dict[str, Any], eos_token_ids: tuple[int, ...]) -> Mode
     )
 
 
-_READERS = {"MixtralForCausalLM": _read_mixtral, "Qwen3MoeForCausalLM": _read_qwen3_moe}
+_DEEPSEEK_V2_SERVED: dict[str, tuple[Any, ...]] = {
+    "topk_method": ("greedy", "group_limited_greedy"),
+    "scoring_func": ("softmax",),
+    # The two public implementations disagree on what true means beside a scaling factor.
+    "norm_topk_prob": (False,),
+    "moe_layer_freq": (1,),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+}
+
+
+def _read_deepseek_v2(raw: dict[str, Any], eos_token_ids: tuple[int, ...]) -> ModelConfig:
+    for name, served in _DEEPSEEK_V2_SERVED.items():
+        if raw.get(name) is not None and raw[name] not in served:
+            raise UnsupportedModelError(
+                f"{name} {raw[name]!r} has no code here; served: {', '.join(map(str, served))}"
+            )
+    num_dense_layers = raw.get("first_k_dense_replace") or 0
+    if num_dense_layers >= raw["num_hidden_layers"]:
+        raise UnsupportedModelError(
+            f"first_k_dense_replace {num_dense_layers} leaves no layer with experts"
+            f" of {raw['num_hidden_layers']}; dense models are not served"
+        )
+    mla = MLAConfig(
+        q_lora_rank=raw["q_lora_rank"],
+        kv_lora_rank=raw["kv_lora_rank"],
+        qk_nope_head_dim=raw["qk_nope_head_dim"],
+        qk_rope_head_dim=raw["qk_rope_head_dim"],
+        v_head_dim=raw["v_head_dim"],
+    )
+    return ModelConfig(
+        **{**_common(raw, eos_token_ids, ("default", "yarn")), "head_dim": mla.query_dim},
+        **_expert_groups(raw),
+        num_experts=raw["n_routed_experts"],
+        moe_intermediate_size=raw["moe_intermediate_size"],
+        norm_topk_prob=False,
+        qk_norm=False,
+        mlp_prefix="mlp",
+        expert_names=("gate_proj", "up_proj", "down_proj"),
+        first_k_dense_replace=num_dense_layers,
+        intermediate_size=raw["intermediate_size"],
+        num_shared_experts=raw.get("n_shared_experts") or 0,
+        routed_scaling_factor=float(raw.get("routed_scaling_factor", 1.0)),
+        float32_router=True,
+        mla=mla,
+    )
+
+
+def _expert_groups(raw: dict[str, Any]) -> dict[str, Any]:
+    if raw.get("topk_method") != "group_limited_greedy":
+        return {}
+    num_experts, num_groups, kept = raw["n_routed_experts"], raw["n_group"], raw["topk_group"]
+    # kept groups of num_experts / num_groups experts each
+    if num_experts % num_groups or kept * num_experts < raw["num_experts_per_tok"] * num_groups:
+        raise CheckpointError(
+            f"config.json asks for {raw['num_experts_per_tok']} experts from {kept} of {num_groups}"
+            f" groups of {num_experts} experts, which cannot be; take the model's own config.json"
+        )
+    return {"num_expert_groups": num_groups, "num_groups_per_token": kept}
+
+
+_READERS = {
+    "DeepseekV2ForCausalLM": _read_deepseek_v2,
+    "MixtralForCausalLM": _read_mixtral,
+    "Qwen3MoeForCausalLM": _read_qwen3_moe,
+}

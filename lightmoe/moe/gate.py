@@ -18,7 +18,7 @@ class Choice:
 
 
 class Gate:
-    """Softmax scores, top-k."""
+    """Softmax scores, top-k, from the best groups of experts only where the model has groups."""
 
     def __init__(
         self,
@@ -27,11 +27,15 @@ class Gate:
         *,
         renormalize: bool,
         scale: float = 1.0,
+        num_groups: int = 1,
+        num_groups_per_token: int = 1,
     ) -> None:
         self._router_weight = router_weight
         self._num_experts_per_token = num_experts_per_token
         self._renormalize = renormalize
         self._scale = scale
+        self._num_groups = num_groups
+        self._num_groups_per_token = num_groups_per_token
 
     def __call__(self, hidden: Tensor) -> Choice:
         """[T, D] -> the choice of each token."""
@@ -41,5 +45,7 @@ class Gate:
             self._num_experts_per_token,
             renormalize=self._renormalize,
             scale=self._scale,
+            num_groups=self._num_groups,
+            num_groups_per_token=self._num_groups_per_token,
         )
         return Choice(experts, weights)

@@ -9,7 +9,10 @@ from lightmoe.moe.gate import Choice
 
 
 class LoadCounter:
-    """Counts [L, E], kept where the choices are made so that counting never waits for a device."""
+    """Counts [L, E], kept where the choices are made so that counting never waits for a device.
+
+    L counts the layers that have experts.
+    """
 
     def __init__(self, num_layers: int, num_experts: int, device: torch.device) -> None:
         self._counts = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)

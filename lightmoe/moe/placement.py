@@ -19,7 +19,7 @@ RankKind = Literal["home", "spare"]
 
 @dataclass(frozen=True)
 class Placement:
-    """Slots -> experts, all layers.
+    """Slots -> experts, all layers that have experts: layer 0 here is the first of those.
 
     | field | meaning |
     |---|---|

@@ -84,7 +84,7 @@ def size_ranks(demand: Demand) -> Sizing:
 
 def _place(demand: Demand, replicas_per_layer: int) -> Placement:
     return initial_placement(
-        demand.model.num_hidden_layers,
+        len(demand.model.moe_layers),
         demand.model.num_experts,
         demand.num_ranks,
         num_spares=demand.num_spares,
@@ -97,9 +97,7 @@ def _max_slots(placement: Placement) -> int:
 
 
 def _block_bytes(demand: Demand) -> int:
-    model = demand.model
-    per_position = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
-    return per_position * BLOCK_SIZE * demand.element_bytes
+    return demand.model.cache_elements_per_position * BLOCK_SIZE * demand.element_bytes
 
 
 def _too_small(

@@ -50,7 +50,7 @@ class Worker:
             placement=config.placement,
             communicator=self._communicator,
             route=config.route,
-            layer_pairs=np.zeros(model.num_hidden_layers, dtype=np.int64),
+            layer_pairs=np.zeros(len(model.moe_layers), dtype=np.int64),
         )
         read: WeightReader
         if config.load_format == "dummy":
@@ -63,8 +63,7 @@ class Worker:
             model.num_hidden_layers,
             config.num_kv_blocks,
             BLOCK_SIZE,
-            model.num_key_value_heads,
-            model.head_dim,
+            *model.cache_shape,
             dtype,
             device,
         )

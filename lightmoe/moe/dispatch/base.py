@@ -1,7 +1,7 @@
 """What every transport shares: the seam, the receipt, and the ranks that take part.
 
 Shapes: T tokens on this rank, D model width, K experts per token, R rows received, P pairs
-computed here, L layers, E experts, W ranks.
+computed here, L layers that have experts, E experts, W ranks.
 """
 
 from __future__ import annotations

@@ -1,0 +1,86 @@
+"""Multi-head latent attention (DeepSeek-V2) over a paged cache of latents.
+
+What is cached of a position is one latent for all heads and one rotary key. Keys and values are
+never expanded: the key matrix of each head is applied to its query instead, and the value matrix
+to what attention gathers. So all heads attend over the same rows, whose first R columns are the
+values as well.
+
+Shapes: T tokens on this rank, H heads, R width of a latent, P width of the rotary key, N tokens
+of one sequence in this step, M positions so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from lightmoe.layers.attention import AttentionStep, SequenceView
+from lightmoe.layers.basic import HeadLinear, Linear, RMSNorm, halves_from_pairs, rotate
+
+
+class LatentAttention:
+    """Attention whose cache holds R + P elements a position, whatever the number of heads.
+
+    | argument | meaning |
+    |---|---|
+    | query | [T, D] -> [T, H x (width without positions + P)] |
+    | compress | [T, D] -> [T, R + P], the latent before its norm and the rotary key |
+    | keys, values | [H, R, width without positions] and [H, value width, R] |
+    | score_scale | what scores are multiplied with before softmax |
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        query: Callable[[Tensor], Tensor],
+        compress: Linear,
+        latent_norm: RMSNorm,
+        keys: HeadLinear,
+        values: HeadLinear,
+        output: Linear,
+        score_scale: float,
+    ) -> None:
+        self._layer = layer
+        self._query, self._compress, self._latent_norm = query, compress, latent_norm
+        self._keys, self._values, self._output = keys, values, output
+        self._score_scale = score_scale
+
+    def __call__(self, hidden: Tensor, step: AttentionStep) -> Tensor:
+        """[T, D] -> [T, D]; writes this step's latents and rotary keys into the cache."""
+        cache = step.cache.keys[self._layer]  # [blocks, block size, 1, R + P]
+        cache.flatten(0, 2).index_copy_(0, step.cache_rows, self._cache_entries(hidden, step))
+        query = self._latent_queries(hidden, step)  # [T, H, R + P]
+        attended = torch.empty_like(query)
+        for sequence in step.sequences:
+            attended[sequence.begin : sequence.end] = self._attend(query, cache, sequence)
+        latents = attended[..., : self._values.input_width]
+        return self._output(self._values(latents).flatten(1))
+
+    def _cache_entries(self, hidden: Tensor, step: AttentionStep) -> Tensor:
+        compressed = self._compress(hidden)
+        latent = self._latent_norm(compressed[:, : self._values.input_width])
+        rotary_key = halves_from_pairs(compressed[:, None, self._values.input_width :])
+        return torch.cat([latent, rotate(rotary_key, step.rotary).squeeze(1)], dim=-1)  # [T, R + P]
+
+    def _latent_queries(self, hidden: Tensor, step: AttentionStep) -> Tensor:
+        query = self._query(hidden).unflatten(1, (self._keys.num_heads, -1))
+        plain = query[..., : self._keys.input_width]
+        rotary = halves_from_pairs(query[..., self._keys.input_width :])
+        return torch.cat([self._keys(plain), rotate(rotary, step.rotary)], dim=-1)
+
+    def _attend(self, query: Tensor, cache: Tensor, sequence: SequenceView) -> Tensor:
+        """One sequence's tokens over its pages: -> [N, H, R + P], of which the first R count."""
+        past = cache[sequence.blocks].flatten(0, 1)[: sequence.num_positions]  # [M, 1, R + P]
+        past = past.transpose(0, 1).unsqueeze(0).expand(-1, query.shape[1], -1, -1)
+        attended = scaled_dot_product_attention(
+            query[sequence.begin : sequence.end].transpose(0, 1).unsqueeze(0),
+            past,
+            # P columns too many cost less than a copy of the rest, and equal widths run fused.
+            past,
+            attn_mask=sequence.mask,
+            scale=self._score_scale,
+        )
+        return attended.squeeze(0).transpose(0, 1)

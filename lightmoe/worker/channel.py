@@ -19,6 +19,8 @@ from lightmoe.errors import RankError
 
 LOOPBACK = "127.0.0.1"
 MAX_FRAME_BYTES = 256 << 20
+_HELLO_SECONDS = 5.0
+"""How long a connection may keep quiet before it is somebody with nothing to say."""
 _LENGTH = struct.Struct("<I")
 _HELLO = struct.Struct("<I32s")
 
@@ -79,14 +81,16 @@ class StepListener:
                 connection, _ = self._socket.accept()
             except TimeoutError as error:
                 late = sorted(set(range(num_ranks)) - set(connections))
+                for connection in connections.values():
+                    connection.close()
                 raise RankError(
                     f"ranks {late} did not connect within {timeout_seconds:.0f} s"
                 ) from error
-            connection.settimeout(5)
+            connection.settimeout(_HELLO_SECONDS)
             try:
                 hello = _receive_exactly(connection, _HELLO.size)
             except TimeoutError:
-                hello = None  # somebody who has nothing to say
+                hello = None
             rank, token = _HELLO.unpack(hello) if hello else (-1, b"")
             if not 0 <= rank < num_ranks or not hmac.compare_digest(token, self._token):
                 connection.close()

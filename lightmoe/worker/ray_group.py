@@ -237,10 +237,14 @@ def _start_ray(num_ranks: int, config: RayConfig, num_threads: int) -> None:
                 **common,
             )
     except (RayError, ConnectionError, RuntimeError, ValueError) as error:
-        where = config.address or "this machine"
-        raise MachineError(
-            f"Ray did not start on {where}: {error}; see `lightmoe doctor`"
-        ) from error
+        if config.address is None:
+            message = f"Ray did not start on this machine: {error}; see `lightmoe doctor`"
+        else:
+            message = (
+                f"no Ray cluster answers at {config.address}: {error}; if it asks for a token, have it"
+                " in ~/.ray/auth_token and set RAY_AUTH_MODE=token"
+            )
+        raise MachineError(message) from error
 
 
 def _start_reaper() -> subprocess.Popen[bytes]:

@@ -111,15 +111,19 @@ def _too_small(
     slots = _max_slots(placement)
     weights = slots * expert_bytes + dense_bytes
     left = demand.rank_bytes - weights
-    have = f"a rank may use {demand.rank_bytes / _GIB:.2f} GiB"
+    have = f"a rank may use {_size(demand.rank_bytes)}"
     if left >= block_bytes:
         longest = left // block_bytes * BLOCK_SIZE
         return MachineError(
             f"one sequence of {demand.max_model_len} tokens needs"
-            f" {blocks_per_sequence * block_bytes / _GIB:.2f} GiB of KV cache beside"
-            f" {weights / _GIB:.2f} GiB of weights, {have}; give --max-model-len {longest}"
+            f" {_size(blocks_per_sequence * block_bytes)} of KV cache beside"
+            f" {_size(weights)} of weights, {have}; give --max-model-len {longest}"
         )
     return MachineError(
-        f"the weights need {weights / _GIB:.2f} GiB on a rank ({slots} experts and the dense"
+        f"the weights need {_size(weights)} on a rank ({slots} experts and the dense"
         f" layers), {have}; use more ranks (--gpus), a smaller model or more memory"
     )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:.2f} GiB" if num_bytes >= _GIB else f"{num_bytes / 2**20:.1f} MiB"

@@ -27,7 +27,8 @@ from lightmoe.models.find import find_model, generation_defaults
 from lightmoe.server.app import allowed_hosts_for, create_app
 from lightmoe.server.tokenizer import Tokenizer
 from lightmoe.worker.config import WorkerConfig
-from lightmoe.worker.ray_group import Progress, RayConfig, RayWorkerGroup
+from lightmoe.worker.ray_cluster import RayConfig
+from lightmoe.worker.ray_group import Progress, RayWorkerGroup
 from lightmoe.worker.sizing import Demand, Sizing, size_ranks
 
 DRAIN_SECONDS = 2.0

@@ -208,16 +208,13 @@ class Engine:
                 self._take_news()
                 if self._sequences:
                     self.step()
-            self._fail_all(
-                ShuttingDownError("the server shut down before the request was finished")
-            )
         except Exception as error:
-            if not isinstance(error, LightMoEError):
-                logger.exception("the engine stopped")
-                error = RankError(f"the engine stopped: {type(error).__name__}: {error}")
-            self.failure = error
-            self._fail_all(error)
-            self._on_failure(error)
+            # Once the end was asked for, the ranks may be gone in the middle of a long step.
+            if not self._closing:
+                self.failure = _as_own_error(error)
+        self._fail_all(self.failure or ShuttingDownError("the engine has been shut down"))
+        if self.failure is not None:
+            self._on_failure(self.failure)
 
     def _wait_for_work(self) -> bool:
         with self._wake:
@@ -330,3 +327,10 @@ class Engine:
             waiting.append((sequence.request, sequence.on_output))
         for request, on_output in waiting:
             on_output(RequestOutput(request.request_id, finish_reason="error", error=error))
+
+
+def _as_own_error(error: Exception) -> LightMoEError:
+    if isinstance(error, LightMoEError):
+        return error
+    logger.error("the engine stopped", exc_info=error)
+    return RankError(f"the engine stopped: {type(error).__name__}: {error}")

@@ -6,42 +6,29 @@ long task that reads its plans from the step channel (channel.py) until the driv
 
 from __future__ import annotations
 
-import os
 import secrets
 import select
 import socket
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lightmoe.core import Batch, RankInfo, StepResult
-from lightmoe.errors import LightMoEError, MachineError, RankError
-from lightmoe.worker import channel
+from lightmoe.errors import LightMoEError, RankError
+from lightmoe.worker import channel, ray_cluster
 from lightmoe.worker.config import BLOCK_SIZE, WorkerConfig
+from lightmoe.worker.ray_cluster import RayConfig
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage ("start" or "load"), how many ranks are done, and how many there are."""
 
-_PLACE_TIMEOUT_SECONDS = 30.0
 _START_TIMEOUT_SECONDS = 120.0
 _LOAD_TIMEOUT_SECONDS = 1800.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RayConfig:
-    """`address` is a running cluster, None starts one here that ends with the driver."""
-
-    address: str | None = None
-    gpus_per_rank: int = 0
 
 
 class RankActor:
@@ -96,26 +83,23 @@ class RayWorkerGroup:
         self._connections: list[socket.socket] = []
         self._actors: list[Any] = []
         self._runs: list[Any] = []
-        self._reaper: subprocess.Popen[bytes] | None = None
-        self._owns_ray = not ray.is_initialized()
+        self._group: PlacementGroup | None = None
+        self._closed = False
+        bundle = ray_cluster.acquire(self._num_ranks, ray_config, config.num_threads)
         try:
-            self._start(config, ray_config, progress)
+            self._start(config, bundle, progress)
         except (Exception, KeyboardInterrupt):
             self.close()
             raise
 
-    def _start(self, config: WorkerConfig, ray_config: RayConfig, progress: Progress) -> None:
-        if self._owns_ray:
-            _start_ray(self._num_ranks, ray_config, config.num_threads)
-            self._reaper = _start_reaper()
-        bundle = _bundle(ray_config)
-        group = _place(self._num_ranks, bundle)
+    def _start(self, config: WorkerConfig, bundle: dict[str, float], progress: Progress) -> None:
+        group = self._group = ray_cluster.place(self._num_ranks, bundle)
         token = secrets.token_bytes(32)
         listener = channel.StepListener(token)
         actor_class = ray.remote(RankActor)
         self._actors = [
             actor_class.options(
-                num_cpus=bundle["CPU"],
+                num_cpus=bundle.get("CPU", 0),
                 num_gpus=bundle.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, rank),
             ).remote(rank, config)
@@ -178,129 +162,18 @@ class RayWorkerGroup:
         return lost_peer or RankError("the ranks closed their step channels without an error")
 
     def close(self) -> None:
-        """Stop every rank, and Ray if it was started here; may be called twice."""
+        """Stop every rank, and Ray if nobody else here uses it; may be called twice."""
+        if self._closed:
+            return
+        self._closed = True
         for connection in self._connections:
             connection.close()
-        self._connections = []
-        if not ray.is_initialized():
-            return
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors = []
-        if self._owns_ray:
-            ray.shutdown()
-        if self._reaper is not None:
-            self._reaper.kill()
-            self._reaper.communicate()
-            self._reaper = None
-
-
-@contextmanager
-def _ray_environment(num_threads: int) -> Iterator[None]:
-    """Settings that Ray's processes inherit, and that the user's own process gets back after.
-
-    umask: Ray writes its authentication token with the default mode, readable by everyone.
-    """
-    settings = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "OMP_NUM_THREADS": str(num_threads),
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    mask = os.umask(0o077)
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        os.umask(mask)
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _start_ray(num_ranks: int, config: RayConfig, num_threads: int) -> None:
-    common: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    try:
-        with _ray_environment(num_threads):
-            if config.address is not None:
-                ray.init(address=config.address, **common)
-                return
-            # "local": never join a cluster that happens to run here. A rank is one logical CPU,
-            # however few the machine has.
-            ray.init(
-                address="local",
-                num_cpus=num_ranks,
-                include_dashboard=False,
-                object_store_memory=80 << 20,
-                **common,
-            )
-    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
-        if config.address is None:
-            message = f"Ray did not start on this machine: {error}; see `lightmoe doctor`"
-        else:
-            message = (
-                f"no Ray cluster answers at {config.address}: {error}; if it asks for a token, have it"
-                " in ~/.ray/auth_token and set RAY_AUTH_MODE=token"
-            )
-        raise MachineError(message) from error
-
-
-def _start_reaper() -> subprocess.Popen[bytes]:
-    """A shell that ends Ray's agents should this process be killed.
-
-    Ray's own processes die with the driver, but its two agents wait a minute for a control store
-    that is gone. The shell waits for the end of its input, which comes with the end of the driver.
-    """
-    children = _children_of(os.getpid())
-    agents = [
-        pid for raylet, name in children if name == "raylet" for pid, _ in _children_of(raylet)
-    ]
-    reaper = subprocess.Popen(
-        ["/bin/sh", "-c", "read -r pids; read -r end; kill -9 $pids 2>/dev/null"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    assert reaper.stdin is not None
-    reaper.stdin.write((" ".join(map(str, agents)) + "\n").encode())
-    reaper.stdin.flush()
-    return reaper
-
-
-def _children_of(parent: int) -> list[tuple[int, str]]:
-    """(process id, name) of the children that /proc shows."""
-    children = []
-    for status in Path("/proc").glob("[0-9]*/status"):
-        try:
-            lines = dict(
-                line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line
-            )
-        except OSError:  # it has ended meanwhile
-            continue
-        if lines["PPid"] == str(parent):
-            children.append((int(status.parent.name), lines["Name"]))
-    return children
-
-
-def _bundle(config: RayConfig) -> dict[str, float]:
-    """What one rank needs. The last entry ties it to the driver's node: our sockets are loopback."""
-    gpus = {"GPU": float(config.gpus_per_rank)} if config.gpus_per_rank else {}
-    return {"CPU": 1.0, **gpus, f"node:{ray.util.get_node_ip_address()}": 0.0001}
-
-
-def _place(num_ranks: int, bundle: dict[str, float]) -> PlacementGroup:
-    group: PlacementGroup = placement_group([bundle] * num_ranks, strategy="STRICT_PACK")
-    try:
-        ray.get(group.ready(), timeout=_PLACE_TIMEOUT_SECONDS)
-    except GetTimeoutError as error:
-        raise MachineError(
-            f"Ray has no room for {num_ranks} ranks of {bundle} on this node;"
-            f" the cluster has {ray.available_resources()} free"
-        ) from error
-    return group
+        if ray.is_initialized():  # the user's own script may have shut it down
+            for actor in self._actors:
+                ray.kill(actor)
+            if self._group is not None:
+                remove_placement_group(self._group)
+        ray_cluster.release()
 
 
 def _gather(

@@ -1,0 +1,184 @@
+"""Ray as this process has it: started here, joined, or found running. One for all groups in it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group
+
+from lightmoe.config import MAX_RANKS
+from lightmoe.errors import MachineError
+
+_RANK = "lightmoe_rank"
+"""A resource of the Ray that is started here: what a rank takes, however few cores there are."""
+
+_PLACE_TIMEOUT_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayConfig:
+    """`address` is a running cluster, None starts one here that ends with its last user."""
+
+    address: str | None = None
+    gpus_per_rank: int = 0
+
+
+@dataclass(slots=True)
+class _Shared:
+    """Ray has one connection a process, so this is the process's. `reaper` is set if it is ours."""
+
+    num_users: int = 0
+    address: str | None = None
+    reaper: subprocess.Popen[bytes] | None = None
+
+
+_shared = _Shared()
+_lock = threading.Lock()
+
+
+def acquire(num_ranks: int, config: RayConfig, num_threads: int) -> dict[str, float]:
+    """Have Ray running, and say what one rank asks of it. Every call needs a `release`."""
+    with _lock:
+        if not ray.is_initialized():
+            _connect(num_ranks, config, num_threads)
+            _shared.address = config.address
+            if config.address is None:
+                _shared.reaper = _start_reaper()
+        elif config.address not in (None, _shared.address):
+            raise MachineError(
+                f"this process uses another Ray than {config.address} already; close that first"
+            )
+        _shared.num_users += 1
+        return _bundle(config)
+
+
+def release() -> None:
+    """Shut Ray down after the last user, if it was started here."""
+    with _lock:
+        _shared.num_users -= 1
+        if _shared.num_users or _shared.reaper is None:
+            return
+        ray.shutdown()
+        _shared.reaper.kill()
+        _shared.reaper.communicate()
+        _shared.reaper = None
+
+
+def place(num_ranks: int, bundle: dict[str, float]) -> PlacementGroup:
+    """Room for all ranks on this node; MachineError says what is free."""
+    group: PlacementGroup = placement_group([bundle] * num_ranks, strategy="STRICT_PACK")
+    try:
+        ray.get(group.ready(), timeout=_PLACE_TIMEOUT_SECONDS)
+    except GetTimeoutError as error:
+        raise MachineError(
+            f"Ray has no room for {num_ranks} ranks of {bundle} on this node;"
+            f" the cluster has {ray.available_resources()} free"
+        ) from error
+    return group
+
+
+def _bundle(config: RayConfig) -> dict[str, float]:
+    """What one rank needs. The last entry ties it to this node: our sockets are loopback."""
+    gpus = {"GPU": float(config.gpus_per_rank)} if config.gpus_per_rank else {}
+    room = {_RANK: 1.0} if _shared.reaper is not None else {"CPU": 1.0}
+    return {**room, **gpus, f"node:{ray.util.get_node_ip_address()}": 0.0001}
+
+
+def _connect(num_ranks: int, config: RayConfig, num_threads: int) -> None:
+    common: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    try:
+        with _ray_environment(num_threads):
+            if config.address is not None:
+                ray.init(address=config.address, **common)
+                return
+            # "local": never join a cluster that happens to run here. num_cpus is how many workers
+            # Ray starts ahead of need; how many ranks may run is not its business.
+            ray.init(
+                address="local",
+                num_cpus=num_ranks,
+                resources={_RANK: MAX_RANKS},
+                include_dashboard=False,
+                object_store_memory=80 << 20,
+                **common,
+            )
+    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+        if config.address is None:
+            message = f"Ray did not start on this machine: {error}; see `lightmoe doctor`"
+        else:
+            message = (
+                f"no Ray cluster answers at {config.address}: {error}; if it asks for a token,"
+                " have it in ~/.ray/auth_token and set RAY_AUTH_MODE=token"
+            )
+        raise MachineError(message) from error
+
+
+@contextmanager
+def _ray_environment(num_threads: int) -> Iterator[None]:
+    """Settings that Ray's processes inherit, and that the user's own process gets back after.
+
+    umask: Ray writes its authentication token with the default mode, readable by everyone.
+    """
+    settings = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "OMP_NUM_THREADS": str(num_threads),
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    mask = os.umask(0o077)
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        os.umask(mask)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _start_reaper() -> subprocess.Popen[bytes]:
+    """A shell that ends Ray's agents should this process be killed.
+
+    Ray's own processes die with the driver, but its two agents wait a minute for a control store
+    that is gone. The shell waits for the end of its input, which comes with the end of the driver.
+    """
+    children = _children_of(os.getpid())
+    agents = [
+        pid for raylet, name in children if name == "raylet" for pid, _ in _children_of(raylet)
+    ]
+    reaper = subprocess.Popen(
+        ["/bin/sh", "-c", "read -r pids; read -r end; kill -9 $pids 2>/dev/null"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert reaper.stdin is not None
+    reaper.stdin.write((" ".join(map(str, agents)) + "\n").encode())
+    reaper.stdin.flush()
+    return reaper
+
+
+def _children_of(parent: int) -> list[tuple[int, str]]:
+    """(process id, name) of the children that /proc shows."""
+    children = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            lines = dict(
+                line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line
+            )
+        except OSError:  # it has ended meanwhile
+            continue
+        if lines["PPid"] == str(parent):
+            children.append((int(status.parent.name), lines["Name"]))
+    return children

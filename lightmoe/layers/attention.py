@@ -1,7 +1,9 @@
 """Attention over a paged KV cache, each sequence by itself.
 
-Data parallel: a rank holds the cache of its own sequences only. SDPA runs once per sequence over
-its gathered pages, so that the bits of one sequence never depend on its neighbours.
+Data parallel: a rank holds the cache of its own sequences only. SDPA runs over one sequence's
+gathered pages, QUERY_ROWS positions at a time, at fixed borders and padded: so the bits of a
+position depend neither on other sequences nor on how a prompt was cut, nor on whether the position
+was decoded or, after a preemption, computed again as part of a prompt.
 
 Shapes: T tokens on this rank, H heads, N tokens of one sequence in this step, M positions so far.
 """
@@ -15,6 +17,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lightmoe.layers.basic import Linear, RMSNorm, rotate
+
+QUERY_ROWS = 8
+"""Positions that one SDPA call serves. Each call costs a launch, each padded row some work."""
 
 
 class KVCache:
@@ -34,6 +39,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        assert block_size % QUERY_ROWS == 0, "the last page must hold the padded positions"
         shape = (num_layers, num_blocks, block_size, num_heads)
         # Pages that no sequence has touched cost no memory on a CPU.
         self.keys = torch.empty(*shape, key_width, dtype=dtype, device=device)
@@ -43,13 +49,33 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True)
 class SequenceView:
-    """One sequence in a step: rows begin .. end, which see `num_positions` positions."""
+    """One sequence in a step: rows begin .. end, which end at position `num_positions`.
+
+    `masks` has one [QUERY_ROWS, positions it sees] for each group of QUERY_ROWS positions that
+    the rows fall into: 0 where a query sees a position, -inf where not.
+    """
 
     begin: int
     end: int
     num_positions: int
     blocks: Tensor  # [blocks of the sequence]
-    mask: Tensor | None  # [N, M] bool, None where every position is seen
+    masks: tuple[Tensor, ...]
+
+
+def view_sequence(
+    begin: int, end: int, num_positions: int, blocks: Tensor, dtype: torch.dtype
+) -> SequenceView:
+    """The view of rows begin .. end of a step as the last of `num_positions` positions."""
+    first = num_positions - (end - begin)
+    starts = range(first - first % QUERY_ROWS, num_positions, QUERY_ROWS)
+    masks = tuple(_causal_mask(start, dtype, blocks.device) for start in starts)
+    return SequenceView(begin, end, num_positions, blocks, masks)
+
+
+def _causal_mask(start: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Queries at positions start .. start + QUERY_ROWS see what is not after them."""
+    mask = torch.full((QUERY_ROWS, start + QUERY_ROWS), float("-inf"), dtype=dtype, device=device)
+    return mask.triu_(start + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +89,6 @@ class AttentionStep:
     cache_rows: Tensor
     rotary: tuple[Tensor, Tensor]
     sequences: tuple[SequenceView, ...]
-
-
-def causal_mask(num_tokens: int, num_positions: int, device: torch.device) -> Tensor | None:
-    """The last `num_tokens` of `num_positions` see what came before them; None for one token."""
-    if num_tokens == 1:
-        return None
-    mask = torch.ones(num_tokens, num_positions, dtype=torch.bool, device=device)
-    return mask.tril(num_positions - num_tokens)
 
 
 class Attention:
@@ -105,20 +123,52 @@ class Attention:
         values.flatten(0, 1).index_copy_(0, step.cache_rows, value)
         attended = torch.empty_like(query)
         for sequence in step.sequences:
-            attended[sequence.begin : sequence.end] = _attend(query, keys, values, sequence)
+            attended[sequence.begin : sequence.end] = attend(
+                query[sequence.begin : sequence.end],
+                gather(keys, sequence),
+                gather(values, sequence),
+                sequence,
+            )
         return self._output(attended.flatten(1))
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, sequence: SequenceView) -> Tensor:
-    """One sequence's tokens over its pages: -> [N, H, head_dim]."""
-    seen = sequence.num_positions
-    past_keys = keys[sequence.blocks].flatten(0, 1)[:seen]  # [M, KV heads, head_dim]
-    past_values = values[sequence.blocks].flatten(0, 1)[:seen]
-    attended = scaled_dot_product_attention(
-        query[sequence.begin : sequence.end].transpose(0, 1).unsqueeze(0),
-        past_keys.transpose(0, 1).unsqueeze(0),
-        past_values.transpose(0, 1).unsqueeze(0),
-        attn_mask=sequence.mask,
-        enable_gqa=True,
-    )
-    return attended.squeeze(0).transpose(0, 1)
+def gather(pages: Tensor, sequence: SequenceView) -> Tensor:
+    """A sequence's cache in order, with zeros up to a multiple of QUERY_ROWS: -> [M padded, ...].
+
+    Zeros, because what a page holds beyond the last position may be another request's, and a NaN
+    there would get through any mask.
+    """
+    past = pages[sequence.blocks].flatten(0, 1)
+    past[sequence.num_positions :] = 0
+    return past[: -(-sequence.num_positions // QUERY_ROWS) * QUERY_ROWS]
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sequence: SequenceView,
+    scale: float | None = None,
+) -> Tensor:
+    """One sequence's queries over its gathered cache.
+
+    [N, H, width], [M padded, KV heads, width], [M padded, KV heads, value width]
+    -> [N, H, value width]
+    """
+    num_tokens = len(query)
+    lead = (sequence.num_positions - num_tokens) % QUERY_ROWS
+    padded = query.new_zeros(len(sequence.masks) * QUERY_ROWS, *query.shape[1:])
+    padded[lead : lead + num_tokens] = query
+    keys, values = keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0)
+    groups = [
+        scaled_dot_product_attention(
+            queries.transpose(0, 1).unsqueeze(0),
+            keys[:, :, : mask.shape[1]],
+            values[:, :, : mask.shape[1]],
+            attn_mask=mask,
+            scale=scale,
+            enable_gqa=True,
+        )
+        for queries, mask in zip(padded.split(QUERY_ROWS), sequence.masks, strict=True)
+    ]
+    return torch.cat(groups, dim=2).squeeze(0).transpose(0, 1)[lead : lead + num_tokens]

@@ -5,8 +5,8 @@ never expanded: the key matrix of each head is applied to its query instead, and
 to what attention gathers. So all heads attend over the same rows, whose first R columns are the
 values as well.
 
-Shapes: T tokens on this rank, H heads, R width of a latent, P width of the rotary key, N tokens
-of one sequence in this step, M positions so far.
+Shapes: T tokens on this rank, H heads, R width of a latent, P width of the rotary key, M positions
+so far.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from lightmoe.layers.attention import AttentionStep, SequenceView
+from lightmoe.layers.attention import AttentionStep, attend, gather
 from lightmoe.layers.basic import HeadLinear, Linear, RMSNorm, halves_from_pairs, rotate
 
 
@@ -55,9 +54,17 @@ class LatentAttention:
         query = self._latent_queries(hidden, step)  # [T, H, R + P]
         attended = torch.empty_like(query)
         for sequence in step.sequences:
-            attended[sequence.begin : sequence.end] = self._attend(query, cache, sequence)
-        latents = attended[..., : self._values.input_width]
-        return self._output(self._values(latents).flatten(1))
+            latents = gather(cache, sequence)  # [M padded, 1, R + P]
+            attended[sequence.begin : sequence.end] = attend(
+                query[sequence.begin : sequence.end],
+                latents,
+                # P columns too many cost less than a copy of the rest, and equal widths run fused.
+                latents,
+                sequence,
+                self._score_scale,
+            )
+        attended = attended[..., : self._values.input_width]
+        return self._output(self._values(attended).flatten(1))
 
     def _cache_entries(self, hidden: Tensor, step: AttentionStep) -> Tensor:
         compressed = self._compress(hidden)
@@ -70,17 +77,3 @@ class LatentAttention:
         plain = query[..., : self._keys.input_width]
         rotary = halves_from_pairs(query[..., self._keys.input_width :])
         return torch.cat([self._keys(plain), rotate(rotary, step.rotary)], dim=-1)
-
-    def _attend(self, query: Tensor, cache: Tensor, sequence: SequenceView) -> Tensor:
-        """One sequence's tokens over its pages: -> [N, H, R + P], of which the first R count."""
-        past = cache[sequence.blocks].flatten(0, 1)[: sequence.num_positions]  # [M, 1, R + P]
-        past = past.transpose(0, 1).unsqueeze(0).expand(-1, query.shape[1], -1, -1)
-        attended = scaled_dot_product_attention(
-            query[sequence.begin : sequence.end].transpose(0, 1).unsqueeze(0),
-            past,
-            # P columns too many cost less than a copy of the rest, and equal widths run fused.
-            past,
-            attn_mask=sequence.mask,
-            scale=self._score_scale,
-        )
-        return attended.squeeze(0).transpose(0, 1)

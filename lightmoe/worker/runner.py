@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightmoe.core import Batch, SampledToken, SequenceStep, StepResult
-from lightmoe.layers.attention import AttentionStep, KVCache, SequenceView, causal_mask
+from lightmoe.layers.attention import AttentionStep, KVCache, SequenceView, view_sequence
 from lightmoe.models.decoder import Decoder
 from lightmoe.moe.dispatch import ExpertGroup
 from lightmoe.worker.sampler import sample
@@ -64,15 +64,8 @@ class Runner:
                 positions.append(position)
                 block = sequence.block_table[position // block_size]
                 cache_rows.append(block * block_size + position % block_size)
-            views.append(
-                SequenceView(
-                    begin=begin,
-                    end=end,
-                    num_positions=seen,
-                    blocks=self._tensor(list(sequence.block_table)),
-                    mask=causal_mask(end - begin, seen, self._device),
-                )
-            )
+            blocks = self._tensor(list(sequence.block_table))
+            views.append(view_sequence(begin, end, seen, blocks, self._cache.keys.dtype))
             begin = end
         tables = self._decoder.rotary.tables(self._tensor(positions), self._cache.keys.dtype)
         return AttentionStep(self._cache, self._tensor(cache_rows), tables, tuple(views))

@@ -4,649 +4,30 @@
     train     on one GPU: train against a clock, write the checkpoint, measure it
     check     anywhere: load the checkpoint with transformers, compare losses, write samples
 
-Letters in shape comments: B sequences, S positions, T = B * S tokens, D model width, F expert
-width, E experts, K experts per token, H heads, G key/value heads, C head width, L layers,
-V vocabulary.
+This file holds the command line and the training loop. sources.py and corpus.py make the text,
+tokenizer.py cuts it, network.py and optimizer.py are what is trained and how, evaluate.py measures.
+The letters in shape comments are those of network.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import hashlib
-import json
-import lzma
-import math
 import os
-import re
 import time
-import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from multiprocessing import Pool
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor, nn
-
-PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|endoftext|>"  # ids 0, 1, 2
-Tokens = npt.NDArray[np.uint16]  # [N]
-FILE_BREAK = "\0"  # between files in a packed shard: no Python file contains it
-
-# ------------------------------------------------------------------------------------ sources
-
-
-@dataclass(frozen=True)
-class Source:
-    """One permissively licensed package: its name, its folder in site-packages, its licence."""
-
-    name: str
-    folder: str
-    licence: str
-
-
-STDLIB = Source("cpython", "", "PSF-2.0")
-HELD_OUT_PACKAGE = "networkx"  # never trained on, not one file of it
-
-# The order decides which of two near duplicates is kept: the first.
-SOURCES: tuple[Source, ...] = (
-    Source("networkx", "networkx", "BSD-3-Clause"),
-    Source("flask", "flask", "BSD-3-Clause"),
-    Source("requests", "requests", "Apache-2.0"),
-    Source("urllib3", "urllib3", "MIT"),
-    Source("click", "click", "BSD-3-Clause"),
-    Source("werkzeug", "werkzeug", "BSD-3-Clause"),
-    Source("jinja2", "jinja2", "BSD-3-Clause"),
-    Source("starlette", "starlette", "BSD-3-Clause"),
-    Source("rich", "rich", "MIT"),
-    Source("typer", "typer", "MIT"),
-    Source("pytest", "_pytest", "MIT"),
-    Source("pyparsing", "pyparsing", "MIT"),
-    Source("black", "black", "MIT"),
-    Source("mypy", "mypy", "MIT"),
-    Source("pydantic", "pydantic", "MIT"),
-    Source("aiohttp", "aiohttp", "Apache-2.0"),
-    Source("tornado", "tornado", "Apache-2.0"),
-    Source("celery", "celery", "BSD-3-Clause"),
-    Source("ipython", "IPython", "BSD-3-Clause"),
-    Source("mpmath", "mpmath", "BSD-3-Clause"),
-    Source("numpy", "numpy", "BSD-3-Clause"),
-    Source("scipy", "scipy", "BSD-3-Clause"),
-    Source("pandas", "pandas", "BSD-3-Clause"),
-    Source("scikit-learn", "sklearn", "BSD-3-Clause"),
-    Source("scikit-image", "skimage", "BSD-3-Clause"),
-    Source("statsmodels", "statsmodels", "BSD-3-Clause"),
-    Source("sympy", "sympy", "BSD-3-Clause"),
-    Source("matplotlib", "matplotlib", "PSF-based"),
-    Source("django", "django", "BSD-3-Clause"),
-    Source("sqlalchemy", "sqlalchemy", "MIT"),
-    Source("twisted", "twisted", "MIT"),
-    Source("sphinx", "sphinx", "BSD-2-Clause"),
-    Source("nltk", "nltk", "Apache-2.0"),
-    Source("spacy", "spacy", "MIT"),
-    Source("xarray", "xarray", "Apache-2.0"),
-    Source("dask", "dask", "BSD-3-Clause"),
-    Source("distributed", "distributed", "BSD-3-Clause"),
-    Source("numba", "numba", "BSD-2-Clause"),
-    Source("astropy", "astropy", "BSD-3-Clause"),
-    Source("fonttools", "fontTools", "MIT"),
-    Source("kivy", "kivy", "MIT"),
-    Source("bokeh", "bokeh", "BSD-3-Clause"),
-    Source("wagtail", "wagtail", "BSD-3-Clause"),
-    Source("cirq-core", "cirq", "Apache-2.0"),
-    Source("qiskit", "qiskit", "Apache-2.0"),
-    Source("sktime", "sktime", "BSD-3-Clause"),
-    Source("streamlit", "streamlit", "Apache-2.0"),
-    Source("jax", "jax", "Apache-2.0"),
-    Source("keras", "keras", "Apache-2.0"),
-    Source("torch", "torch", "BSD-3-Clause"),
-    Source("transformers", "transformers", "Apache-2.0"),
-    Source("ray", "ray", "Apache-2.0"),
-    Source("mlflow", "mlflow", "Apache-2.0"),
-    Source("vllm", "vllm", "Apache-2.0"),
-    Source("nova", "nova", "Apache-2.0"),
-    Source("cinder", "cinder", "Apache-2.0"),
-    Source("neutron", "neutron", "Apache-2.0"),
-)
-
-# Copies of other projects, tables, and packages that an environment put into the library folder.
-SKIPPED_FOLDERS = frozenset(
-    "_vendor vendor vendored extern externals third_party thirdparty thirdparty_files "
-    "site-packages lib2to3 encodings cjkencodings locale migrations idlelib __pycache__".split()
-)
-GENERATED = re.compile(r"do not edit|auto-?generated|generated by|@generated", re.IGNORECASE)
-LEGAL = re.compile(r"copyright|licen[cs]e|spdx", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One cleaned file of the corpus."""
-
-    source: str
-    path: str
-    text: str
-    legal: bool  # it carried a copyright notice, which cleaning took off
-
-
-# ------------------------------------------------------------------------------------ cleaning
-
-
-def without_legal_header(text: str) -> str:
-    """Drop the leading comment block if it is a licence: thousands of copies teach nothing."""
-    lines = text.split("\n")
-    end = 0
-    while end < len(lines) and (not lines[end].strip() or lines[end].lstrip().startswith("#")):
-        end += 1
-    return "\n".join(lines[end:]) if LEGAL.search("\n".join(lines[:end])) else text
-
-
-def is_plain_source(text: str) -> bool:
-    """True for code that people wrote and read: no tables, no generated files, valid Python 3."""
-    lines = text.split("\n")
-    letters = sum(character.isalpha() for character in text)
-    foreign = sum(ord(character) > 127 for character in text)
-    digits = sum(character.isdigit() for character in text)
-    if max(map(len, lines)) > 400 or len(text) / len(lines) > 70:
-        return False
-    if foreign > 0.01 * len(text) or digits > 0.12 * len(text) or letters < 0.35 * len(text):
-        return False
-    if GENERATED.search(text[:1500]):
-        return False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old files warn about their escapes
-        try:
-            ast.parse(text)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return False
-    return True
-
-
-def read_source(job: tuple[str, str, str]) -> SourceFile | None:
-    """Read and clean one file, or return None when it is not worth training on."""
-    source, root, path = job
-    raw = Path(root, path).read_bytes()
-    if not 200 <= len(raw) <= 300_000:
-        return None
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
-    if FILE_BREAK in text:
-        return None
-    text = "\n".join(line.rstrip() for line in text.expandtabs(8).splitlines())
-    body = without_legal_header(text).strip("\n") + "\n"
-    if len(body) < 200 or not is_plain_source(body):
-        return None
-    return SourceFile(source, path, body, bool(LEGAL.search(text)))
-
-
-def python_files(root: Path) -> Iterator[str]:
-    """Relative paths of the .py files under root, sorted, without the skipped folders."""
-    for folder, names, files in os.walk(root):
-        names[:] = sorted(name for name in names if name.lower() not in SKIPPED_FOLDERS)
-        for name in sorted(files):
-            if name.endswith(".py"):
-                yield os.path.relpath(os.path.join(folder, name), root)
-
-
-def find_jobs(site: list[Path], stdlib: list[Path]) -> Iterator[tuple[str, str, str]]:
-    """(source, root, path) of every candidate file; the library of the newest Python first."""
-    for root in stdlib:
-        for path in python_files(root):
-            yield STDLIB.name, str(root), path
-    for source in SOURCES:
-        homes = [folder for folder in site if (folder / source.folder).is_dir()]
-        if not homes:
-            raise FileNotFoundError(f"package {source.name}: no folder {source.folder} in --site")
-        for path in python_files(homes[0] / source.folder):
-            yield source.name, str(homes[0]), f"{source.folder}/{path}"
-
-
-def deduplicated(files: Iterable[SourceFile | None]) -> Iterator[SourceFile]:
-    """Drop files whose text, or more than half of whose longer lines, came before.
-
-    The second rule is what removes older versions of the same module, models copied from each
-    other and test files cut from one pattern.
-    """
-    digests: set[bytes] = set()
-    seen_lines: set[int] = set()
-    for file in files:
-        if file is None:
-            continue
-        digest = hashlib.sha1(file.text.encode()).digest()
-        lines = {hash(line) for line in map(str.strip, file.text.split("\n")) if len(line) >= 16}
-        if digest in digests or not lines or 2 * len(lines & seen_lines) > len(lines):
-            continue
-        digests.add(digest)
-        seen_lines |= lines
-        yield file
-
-
-def share_of(name: str) -> float:
-    """A number in [0, 1) that depends on the name only: splits stay the same between runs."""
-    return int.from_bytes(hashlib.sha1(name.encode()).digest()[:6], "big") / 2**48
-
-
-def version_of(source: Source, site: list[Path]) -> str:
-    """The installed version, from the package's .dist-info folder."""
-    wanted = source.name.replace("-", "_").lower()
-    for folder in site:
-        for info in sorted(folder.glob("*.dist-info")):
-            name, _, version = info.name.removesuffix(".dist-info").partition("-")
-            if name.replace("-", "_").lower() == wanted:
-                return version.partition("+")[0]
-    raise FileNotFoundError(f"package {source.name}: no .dist-info folder in --site")
-
-
-# ----------------------------------------------------------------------------------- tokenizer
-
-# One alternative per line. Newlines and indentation are pieces of their own and are never joined
-# with words, so a prompt may end anywhere (after a colon, a newline or an indent) and still be cut
-# as the training text was.
-SPLIT = "|".join(
-    (
-        r"\n+",
-        r" {2,}",
-        r" ?[\p{L}_]+",
-        r" ?\p{N}",
-        r" ?[^\s\p{L}\p{N}_]+",
-        r"\s",
-    )
-)
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE: every string can be written and read back exactly."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[PAD, BOS, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-        max_token_length=24,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    # A prompt is the start of a file. Without <bos> the model takes it for a piece from the middle
-    # of one, most often from a class, and indents its answer accordingly.
-    bos = tokenizer.token_to_id(BOS)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, bos)]
-    )
-    return tokenizer
-
-
-def write_tokenizer_settings(folder: Path, max_positions: int) -> None:
-    """What transformers wants beside tokenizer.json.
-
-    The model completes code, so the chat template hands the text over as it is: the answer
-    continues the last message.
-    """
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "pad_token": PAD,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": max_positions,
-    }
-    write_json(folder / "tokenizer_config.json", settings)
-    template = (
-        "{{- bos_token -}}\n"
-        "{%- for message in messages -%}\n"
-        "{%- if message['role'] == 'system' -%}\n"
-        "{{- '# ' + message['content'].replace('\\n', '\\n# ') + '\\n' -}}\n"
-        "{%- elif message['role'] == 'assistant' -%}\n"
-        "{{- message['content'] + '\\n' -}}\n"
-        "{%- else -%}\n"
-        "{{- message['content'] -}}\n"
-        "{%- endif -%}\n"
-        "{%- endfor -%}\n"
-    )
-    (folder / "chat_template.jinja").write_text(template)
-
-
-# ------------------------------------------------------------------------------------- prepare
-
-
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def pack(job: tuple[str, list[str]]) -> int:
-    """Write one shard; returns its packed size. Literal-context bits suit text (lc=4, pb=0)."""
-    path, texts = job
-    preset = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "pb": 0}
-    packed = lzma.compress(FILE_BREAK.join(texts).encode(), lzma.FORMAT_XZ, filters=[preset])
-    Path(path).write_bytes(packed)
-    return len(packed)
-
-
-def in_shards(files: list[SourceFile], num_shards: int) -> list[list[str]]:
-    """Cut the files, in order, into runs of about equal size: neighbours compress well."""
-    total = sum(len(file.text) for file in files)
-    shards: list[list[str]] = [[] for _ in range(num_shards)]
-    done = 0
-    for file in files:
-        shards[min(num_shards - 1, done * num_shards // total)].append(file.text)
-        done += len(file.text)
-    return shards
-
-
-def write_heldout_sample(path: Path, files: list[SourceFile], limit: int) -> list[str]:
-    """A small text for tests: held-out library files without notices of other owners."""
-    taken: list[str] = []
-    pieces: list[str] = []
-    for file in sorted(files, key=lambda file: share_of("sample" + file.path)):
-        piece = f"# From CPython, Lib/{file.path}\n{file.text}"
-        fits = sum(map(len, pieces)) + len(piece) <= limit
-        if file.source == STDLIB.name and not file.legal and len(piece) < limit // 3 and fits:
-            pieces.append(piece)
-            taken.append(file.path)
-    path.write_text("\n".join(pieces))
-    return taken
-
-
-def prepare(options: argparse.Namespace) -> None:
-    """Build the corpus: packed shards, tokenizer.json, heldout.txt and manifest.json."""
-    out: Path = options.out
-    out.mkdir(parents=True, exist_ok=True)
-    jobs = list(find_jobs(options.site, options.stdlib))
-    with Pool(options.workers) as pool:
-        files = list(deduplicated(pool.imap(read_source, jobs, chunksize=64)))
-    limit = int(options.source_megabytes * 1e6)
-    kept: list[SourceFile] = []
-    table: dict[str, dict[str, Any]] = {}
-    for source in (STDLIB, *SOURCES):
-        mine = [file for file in files if file.source == source.name]
-        total = sum(len(file.text) for file in mine)
-        if source is not STDLIB:  # no package may drown the others
-            mine = [file for file in mine if share_of("cap" + file.path) * total < limit]
-        version = options.stdlib_version if source is STDLIB else version_of(source, options.site)
-        num_bytes = sum(len(file.text.encode()) for file in mine)
-        facts = {"version": version, "licence": source.licence}
-        table[source.name] = facts | {"files": len(mine), "bytes": num_bytes}
-        kept += mine
-    package = [file for file in kept if file.source == HELD_OUT_PACKAGE]
-    rest = [file for file in kept if file.source != HELD_OUT_PACKAGE]
-    held = [file for file in rest if share_of("held" + file.path) < options.held_share]
-    train = [file for file in rest if share_of("held" + file.path) >= options.held_share]
-
-    sample = (file.text for file in train if share_of("bpe" + file.path) < options.tokenizer_share)
-    train_tokenizer(sample, options.vocab_size).save(str(out / "tokenizer.json"))
-
-    shards = [(f"{out}/train-{n:02}.xz", t) for n, t in enumerate(in_shards(train, 16))]
-    shards += [(f"{out}/held-files.xz", [file.text for file in held])]
-    shards += [(f"{out}/held-package.xz", [file.text for file in package])]
-    with Pool(options.workers) as pool:
-        packed = sum(pool.imap(pack, shards, chunksize=1))
-    sample_files = write_heldout_sample(out / "heldout.txt", held, options.sample_bytes)
-    sizes = {
-        part: {"files": len(group), "bytes": sum(len(file.text.encode()) for file in group)}
-        for part, group in (("train", train), ("held_files", held), ("held_package", package))
-    }
-    manifest: dict[str, Any] = {"candidates": len(jobs), "after_dedupe": len(files)}
-    manifest |= {"packed_bytes": packed} | sizes | {"sources": table, "heldout_txt": sample_files}
-    write_json(out / "manifest.json", manifest)
-    print(json.dumps({key: manifest[key] for key in manifest if key != "sources"}, indent=1))
-
-
-def load_shard(job: tuple[str, str]) -> Tokens:
-    """Unpack and tokenise one shard -> uint16 [N]: <bos> file <eos> <bos> file <eos> ..."""
-    path, tokenizer_path = job
-    tokenizer = Tokenizer.from_file(tokenizer_path)
-    texts = lzma.decompress(Path(path).read_bytes()).decode().split(FILE_BREAK)
-    bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
-    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
-    parts = [np.array([bos, *encoding.ids, eos], np.uint16) for encoding in encodings]
-    return np.concatenate(parts)
-
-
-def load_corpus(folder: Path, workers: int) -> tuple[Tokens, Tokens, Tokens]:
-    """The three parts as token arrays: train, held-out files, held-out package."""
-    paths = sorted(folder.glob("train-*.xz"))
-    paths += [folder / "held-files.xz", folder / "held-package.xz"]
-    os.environ["RAYON_NUM_THREADS"] = "1"  # one process per shard is parallel enough
-    jobs = [(str(path), str(folder / "tokenizer.json")) for path in paths]
-    with Pool(workers) as pool:
-        *train, held, package = pool.map(load_shard, jobs, chunksize=1)
-    return np.concatenate(train), held, package
-
-
-def token_byte_lengths(tokenizer: Tokenizer) -> Tensor:
-    """How many bytes of text each token stands for -> float32 [V]; special tokens stand for none.
-
-    The byte-level alphabet writes one character per byte, so a token's length is its byte count.
-    """
-    lengths = torch.zeros(tokenizer.get_vocab_size())
-    for token, number in tokenizer.get_vocab().items():
-        lengths[number] = 0 if token in (PAD, BOS, EOS) else len(token)
-    return lengths
-
-
-# --------------------------------------------------------------------------------------- model
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The model's sizes; the defaults are the published checkpoint."""
-
-    vocab_size: int = 3072
-    hidden_size: int = 256
-    intermediate_size: int = 256
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 4
-    head_dim: int = 32
-    num_local_experts: int = 8
-    num_experts_per_tok: int = 2
-    max_position_embeddings: int = 2048
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
-    router_aux_loss_coef: float = 0.002
-
-
-@dataclass
-class Routing:
-    """What the router of one layer did: chosen share and mean probability, each [E]."""
-
-    share: Tensor
-    probability: Tensor
-
-
-class TrainingMixtral(nn.Module):
-    """Mixtral's arithmetic, laid out for training: each kind of weight is one tensor [L, ...].
-
-    All experts are computed for all tokens as one wide SwiGLU, and the routing weight, zero for
-    the experts not chosen, multiplies the inner activation. For eight experts of width 256 this
-    does four times the arithmetic of a grouped product but moves no rows and has no shapes that
-    depend on data, which is faster at this size and compiles whole.
-    """
-
-    cos: Tensor  # [S, C/2]
-    sin: Tensor
-
-    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.shape, self.dtype = shape, dtype
-        layers, width, experts = shape.num_hidden_layers, shape.hidden_size, shape.num_local_experts
-        inner = shape.intermediate_size
-        queries = shape.num_attention_heads * shape.head_dim
-        keys = shape.num_key_value_heads * shape.head_dim
-        inside = width**-0.5
-        outside = (2 * layers * width) ** -0.5  # residual branches start small
-
-        def weight(*size: int, std: float) -> nn.Parameter:
-            return nn.Parameter(torch.randn(size) * std)
-
-        self.embed = weight(shape.vocab_size, width, std=0.02)
-        self.q_proj = weight(layers, queries, width, std=inside)
-        self.k_proj = weight(layers, keys, width, std=inside)
-        self.v_proj = weight(layers, keys, width, std=inside)
-        self.o_proj = weight(layers, width, queries, std=outside)
-        self.w1 = weight(layers, experts, inner, width, std=inside)
-        self.w3 = weight(layers, experts, inner, width, std=inside)
-        self.w2 = weight(layers, experts, width, inner, std=outside)
-        self.gate = weight(layers, experts, width, std=0.02)
-        self.norms = nn.Parameter(torch.ones(2 * layers + 1, width))
-        half = torch.arange(0, shape.head_dim, 2).float() / shape.head_dim
-        positions = torch.arange(shape.max_position_embeddings).float()
-        angles = torch.outer(positions, shape.rope_theta**-half)  # [S, C/2]
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
-
-    def norm(self, x: Tensor, scale: Tensor) -> Tensor:
-        """RMS norm in float32, result in the compute dtype. [..., D] -> [..., D]"""
-        x = x.float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.shape.rms_norm_eps)
-        return (x * scale).to(self.dtype)
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """Rotary embedding over the two halves of each head. [B, H, S, C] -> [B, H, S, C]"""
-        cos, sin = self.cos[: x.shape[2]], self.sin[: x.shape[2]]
-        low, high = x.float().chunk(2, dim=-1)
-        turned = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
-        return turned.to(x.dtype)
-
-    def attention(self, h: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> Tensor:
-        """Causal grouped-query attention. [B, S, D] -> [B, S, D]"""
-        batch, length, _ = h.shape
-
-        def heads(weight: Tensor) -> Tensor:
-            return F.linear(h, weight).view(batch, length, -1, self.shape.head_dim).transpose(1, 2)
-
-        mixed = F.scaled_dot_product_attention(
-            self.rotate(heads(q)), self.rotate(heads(k)), heads(v), is_causal=True, enable_gqa=True
-        )
-        return F.linear(mixed.transpose(1, 2).reshape(batch, length, -1), o)
-
-    def route(self, h: Tensor, gate: Tensor) -> tuple[Tensor, Routing]:
-        """Mixtral's router: softmax over all, the best K, renormalised. [B, S, D] -> [B, S, E]
-
-        The best two are found by two maxima, which compile into the neighbouring kernels where
-        top-k would not. Equal float32 probabilities are not expected.
-        """
-        probability = F.linear(h.float(), gate.float()).softmax(-1)
-        best = probability.amax(-1, keepdim=True)
-        second = probability.masked_fill(probability >= best, -1).amax(-1, keepdim=True)
-        chosen = probability >= second
-        weights = probability * chosen
-        weights = weights / weights.sum(-1, keepdim=True)
-        share = chosen.float().mean((0, 1)) / self.shape.num_experts_per_tok
-        return weights, Routing(share, probability.mean((0, 1)))
-
-    def experts(self, h: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-        """Every expert as a slice of one wide MLP. [B, S, D], [B, S, E] -> [B, S, D]"""
-        inner = F.silu(F.linear(h, w1.flatten(0, 1))) * F.linear(h, w3.flatten(0, 1))
-        inner = inner.unflatten(-1, (self.shape.num_local_experts, -1))
-        inner = (inner * weights[..., None]).to(self.dtype).flatten(-2)  # [B, S, E * F]
-        return F.linear(inner, w2.transpose(0, 1).flatten(1))
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, S] -> final states [B, S, D], expert shares [L, E], balance loss []"""
-        attention = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
-        mlp = (self.w1, self.w2, self.w3)
-        q, k, v, o, w1, w2, w3 = (p.to(self.dtype).unbind(0) for p in (*attention, *mlp))
-        gates, norms = self.gate.unbind(0), self.norms.unbind(0)
-        x = F.embedding(tokens, self.embed).float()
-        routings: list[Routing] = []
-        for n in range(self.shape.num_hidden_layers):
-            x = x + self.attention(self.norm(x, norms[2 * n]), q[n], k[n], v[n], o[n])
-            h = self.norm(x, norms[2 * n + 1])
-            weights, routing = self.route(h, gates[n])
-            x = x + self.experts(h, weights, w1[n], w2[n], w3[n])
-            routings.append(routing)
-        shares = torch.stack([r.share for r in routings])
-        balance = (shares * torch.stack([r.probability for r in routings])).sum(-1).mean()
-        scale = self.shape.num_local_experts * self.shape.num_experts_per_tok
-        return self.norm(x, norms[-1]), shares, balance * scale
-
-    def losses(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, S + 1] -> loss of each prediction [B * S], expert shares [L, E], balance loss []"""
-        states, shares, balance = self(tokens[:, :-1])
-        logits = F.linear(states, self.embed.to(self.dtype)).float().flatten(0, 1)
-        targets = tokens[:, 1:].flatten()
-        return F.cross_entropy(logits, targets, reduction="none"), shares, balance
-
-
-# ----------------------------------------------------------------------------------- optimizer
-
-
-def orthogonalised(update: Tensor, steps: int = 5) -> Tensor:
-    """The nearest matrix with all singular values near one, by Newton-Schulz. [..., R, C]
-
-    Quintic iteration in bfloat16; the coefficients push small singular values up fast and leave
-    the result between about 0.7 and 1.2, which is close enough for a direction.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    wide = update.shape[-2] <= update.shape[-1]
-    x = update.bfloat16() if wide else update.bfloat16().mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if wide else x.mT).to(update.dtype)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose step is orthogonalised: for stacks of weight matrices [..., R, C]."""
-
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, decay: float) -> None:
-        super().__init__(params, {"lr": lr, "decay": decay, "momentum": 0.95})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                average = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalised(torch.lerp(p.grad, average, group["momentum"]))
-                scale = max(1.0, p.shape[-2] / p.shape[-1]) ** 0.5
-                p.mul_(1 - group["lr"] * group["decay"])
-                p.add_(update, alpha=-group["lr"] * scale)
-
-
-def make_optimizers(
-    model: TrainingMixtral, options: argparse.Namespace
-) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices; AdamW for the embedding, the routers and the norms."""
-    m = model
-    matrices = [m.q_proj, m.k_proj, m.v_proj, m.o_proj, m.w1, m.w2, m.w3]
-    vectors = [
-        {"params": [m.embed, m.norms], "lr": options.adam_lr},
-        {"params": [m.gate], "lr": options.adam_lr / 4},  # fast routers send all to one expert
-    ]
-    optimizers: list[torch.optim.Optimizer] = [
-        Muon(matrices, options.muon_lr, decay=0.05),
-        torch.optim.AdamW(vectors, betas=(0.9, 0.97), weight_decay=0.0, fused=True),
-    ]
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["peak_lr"] = group["lr"]
-    return optimizers
-
-
-def learning_rate_factor(progress: float, warm_up: float = 0.02, hold: float = 0.35) -> float:
-    """Of the peak: a linear rise, a plateau, then a linear fall that reaches zero at the end."""
-    if progress < warm_up:
-        return progress / warm_up + 0.01
-    return min(1.0, max(0.0, (1 - progress) / (1 - hold)))
-
-
-# ------------------------------------------------------------------------------------ training
+from corpus import PARTS, load_corpus, prepare
+from evaluate import check, exact_loss, measure_parts, windows
+from network import Shape, TrainingMixtral, export, write_json
+from optimizer import learning_rate_factor, make_optimizers
+from tokenizer import write_tokenizer_settings
+from tokenizers import Tokenizer
+from torch import Tensor
 
 
 def batches(tokens: Tensor, length: int, size: int, seed: int) -> Iterator[Tensor]:
@@ -661,36 +42,6 @@ def batches(tokens: Tensor, length: int, size: int, seed: int) -> Iterator[Tenso
             yield tokens[(part * length + shift)[:, None] + steps].long()
 
 
-def windows(tokens: Tensor, length: int, limit: int = 4 * 2048) -> Tensor:
-    """The first windows of a text, not overlapping in what they predict -> [N, S + 1]"""
-    count = min((len(tokens) - 1) // length, max(1, limit // length))
-    starts = torch.arange(count, device=tokens.device) * length
-    return tokens[starts[:, None] + torch.arange(length + 1, device=tokens.device)].long()
-
-
-@torch.no_grad()
-def evaluate(
-    model: TrainingMixtral, text: Tensor, lengths: Tensor, batch: int
-) -> tuple[dict[str, float], Tensor]:
-    """Loss over windows [N, S + 1], and the share of tokens of each expert [L, E]."""
-    nats, num_bytes, tokens = 0.0, 0.0, 0
-    shares = torch.zeros_like(model.gate[..., 0])
-    for part in text.split(batch):
-        losses, share, _ = model.losses(part)
-        nats += losses.double().sum().item()
-        num_bytes += lengths[part[:, 1:]].double().sum().item()
-        tokens += losses.numel()
-        shares += share * losses.numel()
-    metrics = {
-        "tokens": tokens,
-        "loss": nats / tokens,
-        "perplexity": math.exp(nats / tokens),
-        "bits_per_byte": nats / math.log(2) / num_bytes,
-        "bytes_per_token": num_bytes / tokens,
-    }
-    return metrics, shares / tokens
-
-
 def run_clock(
     model: TrainingMixtral, corpus: Tensor, options: argparse.Namespace
 ) -> dict[str, Any]:
@@ -698,7 +49,7 @@ def run_clock(
 
     The clock starts before compilation: the minutes are wall-clock minutes of this function.
     """
-    optimizers = make_optimizers(model, options)
+    optimizers = make_optimizers(model, options.muon_lr, options.adam_lr)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     step_losses = torch.compile(model.losses) if options.compile else model.losses
     size = options.batch_tokens // options.length
@@ -746,13 +97,14 @@ def train(options: argparse.Namespace) -> None:
     """Load the corpus, train, export, measure the exported weights."""
     began = time.perf_counter()
     torch.manual_seed(options.seed)
-    device = torch.device(options.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    on_gpu = torch.device(options.device).type == "cuda"
     arrays = load_corpus(options.data, options.workers)
-    corpus, held, package = (torch.from_numpy(a.astype(np.int16)).to(device) for a in arrays)
+    tensors = (torch.from_numpy(a.astype(np.int16)).to(options.device) for a in arrays)
+    parts = dict(zip(PARTS, tensors, strict=True))
+    corpus = parts["train"]
     tokenizer = Tokenizer.from_file(str(options.data / "tokenizer.json"))
     shape = Shape(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=options.length)
-    model = TrainingMixtral(shape, dtype).to(device)
+    model = TrainingMixtral(shape, torch.bfloat16 if on_gpu else torch.float32).to(options.device)
     num_weights = sum(p.numel() for p in model.parameters())
     loaded = round(time.perf_counter() - began, 1)
     print(f"{num_weights:,} weights, {len(corpus):,} tokens, loaded in {loaded} s", flush=True)
@@ -760,32 +112,20 @@ def train(options: argparse.Namespace) -> None:
     metrics: dict[str, Any] = {"shape": asdict(shape), "weights": num_weights}
     metrics |= {"corpus_tokens": len(corpus), "load_seconds": loaded}
     metrics |= {"batch_tokens": options.batch_tokens, "length": options.length}
-    metrics |= {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
+    metrics |= {"device": torch.cuda.get_device_name() if on_gpu else "cpu"}
     metrics["training"] = run_clock(model, corpus, options)
 
     for p in model.parameters():  # measure what is written: bfloat16 weights
         p.data = p.data.bfloat16().float()
     options.out.mkdir(parents=True, exist_ok=True)
     export(model, options.out)
-    lengths = token_byte_lengths(tokenizer).to(device)
-    batch = max(1, options.batch_tokens // options.length // 2)
-    parts = {"train": corpus, "held_files": held, "held_package": package}
-    for name, tokens in parts.items():
-        if name == "train":  # a few windows from all over the corpus
-            every = windows(tokens, options.length, len(tokens))
-            text = every[:: max(1, len(every) * options.length // options.eval_tokens)]
-        else:
-            text = windows(tokens, options.length, options.eval_tokens)
-        metrics[name], shares = evaluate(model, text, lengths, batch)
-        print(name, {key: round(value, 4) for key, value in metrics[name].items()}, flush=True)
-        if name == "held_files":
-            write_expert_load(options.out / "expert_load.json", shares, metrics[name]["tokens"])
-            metrics["expert_load"] = [[round(s, 4) for s in layer] for layer in shares.tolist()]
-    if device.type == "cuda":
+    metrics |= measure_parts(model, parts, tokenizer, options)
+    if on_gpu:
         metrics["peak_gigabytes"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
     sample = (options.data / "heldout.txt").read_text()
-    ids = torch.tensor(tokenizer.encode(sample, add_special_tokens=False).ids, device=device)
-    metrics["heldout_txt_loss"] = exact_loss(model, windows(ids, options.length))
+    ids = tokenizer.encode(sample, add_special_tokens=False).ids
+    text = windows(torch.tensor(ids, device=options.device), options.length)
+    metrics["heldout_txt_loss"] = exact_loss(model, text)
     metrics["total_seconds"] = round(time.perf_counter() - began, 1)
     write_json(options.out / "metrics.json", metrics)
     for name in ("tokenizer.json", "heldout.txt"):
@@ -793,119 +133,8 @@ def train(options: argparse.Namespace) -> None:
     write_tokenizer_settings(options.out, shape.max_position_embeddings)
 
 
-def write_expert_load(path: Path, shares: Tensor, tokens: int) -> None:
-    """Per layer, the share of (token, expert) pairs that each expert received on held-out text."""
-    value = {
-        "text": "held-out files",
-        "tokens": tokens,
-        "experts_per_token": Shape.num_experts_per_tok,
-        "shares": [[round(share, 6) for share in layer] for layer in shares.tolist()],
-    }
-    path.write_text(re.sub(r"\s+(?=[\d.\]]+,?\n)", " ", json.dumps(value, indent=1)) + "\n")
-
-
-# -------------------------------------------------------------------------------------- export
-
-
-@torch.no_grad()
-def exact_loss(model: TrainingMixtral, text: Tensor) -> float:
-    """The float32 loss of a few windows [N, S + 1], for `check` to compare with."""
-    dtype, model.dtype = model.dtype, torch.float32
-    losses, _, _ = model.losses(text)
-    model.dtype = dtype
-    return losses.double().mean().item()
-
-
-def published_tensors(model: TrainingMixtral) -> dict[str, Tensor]:
-    """The weights under the names that Mixtral checkpoints use on disk; the head is tied."""
-    tensors = {"model.embed_tokens.weight": model.embed, "model.norm.weight": model.norms[-1]}
-    for n in range(model.shape.num_hidden_layers):
-        layer = f"model.layers.{n}"
-        tensors[f"{layer}.input_layernorm.weight"] = model.norms[2 * n]
-        tensors[f"{layer}.post_attention_layernorm.weight"] = model.norms[2 * n + 1]
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            tensors[f"{layer}.self_attn.{name}.weight"] = getattr(model, name)[n]
-        moe = f"{layer}.block_sparse_moe"
-        tensors[f"{moe}.gate.weight"] = model.gate[n]
-        for expert in range(model.shape.num_local_experts):
-            for name in ("w1", "w2", "w3"):
-                key = f"{moe}.experts.{expert}.{name}.weight"
-                tensors[key] = getattr(model, name)[n, expert]
-    return {name: t.detach().bfloat16().cpu().contiguous() for name, t in tensors.items()}
-
-
-def export(model: TrainingMixtral, out: Path) -> None:
-    """Write model.safetensors, config.json and generation_config.json."""
-    weights = out / "model.safetensors"
-    save_file(published_tensors(model), weights, metadata={"format": "pt"})
-    weights.chmod(0o644)
-    ids: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config: dict[str, Any] = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
-    config |= asdict(model.shape) | ids
-    config |= {
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "output_router_logits": False,
-        "router_jitter_noise": 0.0,
-        "sliding_window": None,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        "use_cache": True,
-    }
-    write_json(out / "config.json", dict(sorted(config.items())))
-    # A file that begins also means that the last one has ended.
-    write_json(out / "generation_config.json", ids | {"eos_token_id": [2, 1], "do_sample": False})
-
-
-PROMPTS = (
-    "def fibonacci(n):",
-    "class Stack:\n    def __init__(self):",
-    "import os\n",
-    "for i in range(",
-    "def is_prime(n):\n    ",
-    "def read_json(path):\n",
-)
-
-
-def check(options: argparse.Namespace) -> None:
-    """Load the folder with transformers; compare its loss; write samples.txt."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    device, folder = options.device, options.model
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    text = (folder / "heldout.txt").read_text()
-    bos, *ids = raw.encode(text).ids
-    if tokenizer(text, verbose=False)["input_ids"] != [bos, *ids] or raw.decode(ids) != text:
-        raise SystemExit("transformers cuts or restores the held-out text differently")
-    length = model.config.max_position_embeddings
-    tokens = windows(torch.tensor(ids, device=device), length)
-    with torch.no_grad():
-        logits = model(tokens[:, :-1]).logits.flatten(0, 1)
-    loss = F.cross_entropy(logits, tokens[:, 1:].flatten()).item()
-    expected = json.loads((folder / "metrics.json").read_text())["heldout_txt_loss"]
-    print(f"float32 loss: transformers {loss:.6f}, training model {expected:.6f}")
-    if not abs(loss - expected) < 2e-4:
-        raise SystemExit("the exported checkpoint does not compute what was trained")
-    lines: list[str] = []
-    torch.manual_seed(0)
-    for prompt in PROMPTS:
-        for temperature in (0.0, 0.2, 0.8):
-            inputs = tokenizer(prompt, return_tensors="pt").to(device)
-            sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
-            answer = model.generate(**inputs, max_new_tokens=options.new_tokens, **sampling)[0]
-            shown = tokenizer.decode(answer, skip_special_tokens=True)
-            lines += [f"=== temperature {temperature}: {prompt!r}", str(shown), ""]
-    (folder / "samples.txt").write_text("\n".join(lines))
-    print("\n".join(lines))
-
-
-# ---------------------------------------------------------------------------------------- main
-
-
 def parse() -> argparse.Namespace:
+    """The options of the three commands."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(required=True)
 
@@ -949,6 +178,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Run the command asked for."""
     options = parse()
     options.run(options)
 

@@ -61,8 +61,8 @@ def newest(bench: str) -> list[dict[str, Any]]:
 def launch_table() -> str:
     """One line per measured machine."""
     lines = [
-        "| machine | ranks | ready | memory, all processes | idle: ranks / all | 1 stream | 32 streams"
-        " | step dispatch | stop | date, commit |",
+        "| machine | ranks | ready | memory, all processes | idle: ranks / all | 1 stream"
+        " | 32 streams | step dispatch | stop | date, commit |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     dispatch = {result["device"]: result["rows"][0] for result in newest("step-dispatch")}

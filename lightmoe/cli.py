@@ -46,6 +46,7 @@ app = App(
     name="lightmoe",
     help="Serve Mixture-of-Experts models, experts spread over any number of GPUs or processes.",
     version=__version__,
+    suppress_keyboard_interrupt=False,
 )
 
 
@@ -129,7 +130,10 @@ def generate(
 
     from lightmoe.llm import LLM
 
-    with LLM(model, gpus=gpus) as llm:
+    with (
+        _progress(Console(stderr=True)) as progress,
+        LLM(model, gpus=gpus, progress=progress) as llm,
+    ):
         (output,) = llm.generate(prompt, replace(llm.default_sampling_params(), **sampling))
         _print_stream(prompt, [output.outputs[0].text])
 

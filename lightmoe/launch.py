@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import signal
 import socket
 import threading
@@ -19,7 +20,7 @@ import uvicorn
 from lightmoe.config import LaunchConfig
 from lightmoe.core import ModelInfo
 from lightmoe.engine.engine import Engine, SchedulerConfig
-from lightmoe.errors import MachineError, UsageError
+from lightmoe.errors import CheckpointError, MachineError, UsageError
 from lightmoe.machine import Driver, free_ram_bytes, port_holder, read_driver
 from lightmoe.models.checkpoint import check_tensors, read_index
 from lightmoe.models.config import ModelConfig, read_config
@@ -31,7 +32,7 @@ from lightmoe.worker.ray_cluster import RayConfig
 from lightmoe.worker.ray_group import Progress, RayWorkerGroup
 from lightmoe.worker.sizing import Demand, Sizing, size_ranks
 
-DRAIN_SECONDS = 2.0
+DRAIN_SECONDS = 1.5
 """Running requests get this long after Ctrl-C; then they end with an error event."""
 
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -134,7 +135,7 @@ def start_workers(config: LaunchConfig, progress: Progress) -> Started:
         check_tensors(read_index(folder), model)
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
-        raise UsageError(
+        raise CheckpointError(
             f"{folder.name}'s tokenizer has {tokenizer.vocab_size} tokens, the model"
             f" {model.vocab_size}; they belong to different models"
         )
@@ -241,8 +242,12 @@ def listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        # Two sockets may be bound to one port; only listening makes it ours.
+        listener.listen()
     except OSError as error:
         listener.close()
+        if error.errno != errno.EADDRINUSE:
+            raise MachineError(f"cannot listen on {host} ({error}); give another --host") from error
         holder = port_holder(port)
         by = f" by {holder}" if holder else ""
         raise MachineError(
@@ -331,6 +336,7 @@ async def _serve(
     engine.on_failure(lambda error: _call_soon(loop, stop))
     announce(launched.summary)
     host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
     announce(f"{engine.model.name} is ready on http://{host}:{port}  (Ctrl-C stops it)")
     await server.serve(sockets=[listener])
 

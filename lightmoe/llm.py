@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import itertools
+import operator
 import queue
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -22,6 +25,7 @@ from lightmoe.core import (
 from lightmoe.errors import RequestError
 from lightmoe.launch import start_engine
 from lightmoe.server.tokenizer import TextStream, Tokenizer
+from lightmoe.worker.ray_group import Progress
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or vLLM's {"prompt": ...} and {"prompt_token_ids": ...}."""
@@ -60,6 +64,10 @@ class GenerationOutput:
     finished: bool = False
 
 
+def _no_progress(stage: str, done: int, total: int) -> None:
+    """Scripts are not told how far the ranks are."""
+
+
 class LLM:
     """A model on this machine: `LLM("mixtral-lite", gpus=10).generate(["def f("])`.
 
@@ -67,9 +75,13 @@ class LLM:
     or call `close()`; the ranks also end with the process.
     """
 
-    def __init__(self, model: str, *, gpus: int = 1, **options: Any) -> None:
+    def __init__(
+        self, model: str, *, gpus: int = 1, progress: Progress = _no_progress, **options: Any
+    ) -> None:
         config = LaunchConfig.from_recipe(None, {"model": model, "gpus": gpus, **options})
-        self._launched = start_engine(config, progress=lambda stage, done, total: None)
+        self._launched = start_engine(config, progress)
+        # Before Ray's own exit handler, which would pull the ranks from under the engine.
+        atexit.register(self._launched.engine.close)
         self._ids = itertools.count()
 
     @property
@@ -118,7 +130,8 @@ class LLM:
         return self._launched.engine.load()
 
     def close(self) -> None:
-        """Stop the ranks."""
+        """Stop the ranks; may be called twice."""
+        atexit.unregister(self._launched.engine.close)
         self._launched.engine.close()
 
     def __enter__(self) -> Self:
@@ -138,15 +151,11 @@ class LLM:
         return self.tokenizer
 
     def _prepare(self, prompt: Prompt, params: SamplingParams) -> _Generation:
-        content: str | Sequence[int]
-        if isinstance(prompt, Mapping):
-            content = prompt.get("prompt_token_ids") or prompt["prompt"]
-        else:
-            content = prompt
+        content = _content(prompt)
         if isinstance(content, str):
             text, token_ids = content, self._need_tokenizer().encode(content)
         else:
-            text, token_ids = None, list(content)
+            text, token_ids = None, content
         output = GenerationOutput(
             request_id=str(next(self._ids)),
             prompt=text,
@@ -237,7 +246,7 @@ class _Generation:
             if event.finish_reason is not None:
                 answer.text += stream.flush()
             if stream.stopped:
-                answer.finish_reason = "stop"
+                answer.finish_reason, answer.stop_reason = "stop", stream.stop_string
         if event.finish_reason is not None and answer.finish_reason is None:
             answer.finish_reason = event.finish_reason
         if (
@@ -264,7 +273,25 @@ class _Generation:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, (str, Mapping)):
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         return [prompts]
     listed: list[Any] = list(prompts)
     return [listed] if listed and all(isinstance(item, int) for item in listed) else listed
+
+
+def _content(prompt: Prompt) -> str | list[int]:
+    """The text or the token ids of a prompt, however it was given."""
+    content: Any = prompt
+    if isinstance(prompt, Mapping):
+        content = prompt.get("prompt_token_ids", prompt.get("prompt"))
+    if isinstance(content, str):
+        return content
+    with contextlib.suppress(TypeError):  # not a sequence of integers, numpy's included
+        token_ids = [operator.index(token) for token in content]
+        if not any(isinstance(token, bool) for token in content):
+            return token_ids
+    raise RequestError(
+        f"a prompt is {str(prompt)[:80]!r}; give a text, a list of token ids, or a dict with"
+        " prompt or prompt_token_ids",
+        "prompt",
+    )

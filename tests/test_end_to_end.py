@@ -257,8 +257,8 @@ def test_dummy_weights_take_token_ids_and_say_so(tmp_path: Path, checkout: Path)
 def test_the_environment_of_the_caller_is_left_alone() -> None:
     code = (
         "import os; from lightmoe import LLM; LLM('mixtral-lite', gpus=2).close();"
-        "print([name for name in ('OMP_NUM_THREADS', 'RAY_USAGE_STATS_ENABLED') if name in os.environ],"
-        " oct(os.umask(0)))"
+        "names = ('OMP_NUM_THREADS', 'RAY_USAGE_STATS_ENABLED');"
+        "print([name for name in names if name in os.environ], oct(os.umask(0)))"
     )
     ours = ("OMP_NUM_THREADS", "RAY_USAGE_STATS_ENABLED")
     environment = {name: value for name, value in os.environ.items() if name not in ours}

@@ -10,7 +10,7 @@ from lightmoe import LLM, SamplingParams
 
 pytestmark = pytest.mark.gpu
 
-PROMPTS = ["def fibonacci(n):", "import os\n", "class Stack:\n    def __init__(self):", "for i in range("]
+PROMPTS = ["def fibonacci(n):", "import os\n", "class Stack:\n    def __init__", "for i in range("]
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 _CHECK_SECONDS = 1.0
 """How often an idle engine looks whether its ranks still live."""
-_STOP_SECONDS = 1.0
+_STOP_SECONDS = 0.5
 """How long a step may go on after the end was asked for."""
 
 
@@ -119,6 +119,8 @@ class Engine:
         with self._wake:
             if self.error is not None:
                 raise self.error
+            if request.request_id in self._ids:
+                raise RequestError(f"request id {request.request_id!r} is running already")
             if self.draining:
                 raise ShuttingDownError(
                     "the server is shutting down; send the request to another one"
@@ -177,6 +179,8 @@ class Engine:
     def on_failure(self, callback: Callable[[LightMoEError], None]) -> None:
         """Have `callback` called, on the engine's thread, if the engine dies."""
         self._on_failure = callback
+        if self.failure is not None:
+            callback(self.failure)
 
     def drain(self, seconds: float) -> None:
         """Refuse new requests, let running ones go on that long, then end them with an error."""
@@ -194,10 +198,13 @@ class Engine:
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join(timeout=_STOP_SECONDS)
+        # A step that hangs must not keep those waiting who wait for it.
+        self._fail_all(self.failure or ShuttingDownError("the engine has been shut down"))
 
     def close(self) -> None:
         """End everything and stop the ranks; may be called twice."""
-        self.drain(0.0)
+        if not self._closing:
+            self.drain(0.0)
         self._workers.close()
 
     # The engine's thread.
@@ -212,16 +219,19 @@ class Engine:
             # Once the end was asked for, the ranks may be gone in the middle of a long step.
             if not self._closing:
                 self.failure = _as_own_error(error)
-        self._fail_all(self.failure or ShuttingDownError("the engine has been shut down"))
         if self.failure is not None:
+            self._fail_all(self.failure)
             self._on_failure(self.failure)
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            while not (self._closing or self._new or self._aborted or self._sequences):
-                if not self._wake.wait(_CHECK_SECONDS):
-                    self._workers.check()
-            return not self._closing
+            if self._wake.wait_for(self._has_news, _CHECK_SECONDS):
+                return not self._closing
+        self._workers.check()  # not under the lock: to find out who died may take seconds
+        return True
+
+    def _has_news(self) -> bool:
+        return bool(self._closing or self._new or self._aborted or self._sequences)
 
     def _take_news(self) -> None:
         with self._wake:
@@ -230,11 +240,11 @@ class Engine:
             self._aborted.clear()
             for request, on_output in new:
                 self._admit(request, on_output)
-        for request_id in aborted:
-            sequence = self._sequences.get(self._ids.get(request_id, -1))
-            if sequence is not None:
-                self._finish(sequence)
-                sequence.on_output(RequestOutput(request_id, finish_reason="abort"))
+            for request_id in aborted:
+                sequence = self._sequences.get(self._ids.get(request_id, -1))
+                if sequence is not None:
+                    self._finish(sequence)
+                    sequence.on_output(RequestOutput(request_id, finish_reason="abort"))
 
     def step(self) -> None:
         """One step: schedule, run, hand out."""
@@ -245,16 +255,18 @@ class Engine:
             [Batch(self._num_steps, tokens_per_rank, plan) for plan in plans]
         )
         self._last_step_seconds = time.perf_counter() - started
-        for result in results:
-            self._count(result)
-            for token in result.tokens:
-                self._append(token)
-        self._num_steps += 1
+        with self._wake:
+            if self.error is not None:
+                return  # given up by drain() while the ranks were busy
+            for result in results:
+                self._count(result)
+                for token in result.tokens:
+                    self._append(token)
+            self._num_steps += 1
 
     def _count(self, result: StepResult) -> None:
-        with self._wake:
-            self._expert_tokens += result.expert_tokens
-            self._rank_pairs[result.rank] += result.layer_pairs
+        self._expert_tokens += result.expert_tokens
+        self._rank_pairs[result.rank] += result.layer_pairs
 
     def _append(self, token: SampledToken) -> None:
         sequence = self._sequences[token.sequence_id]
@@ -319,12 +331,12 @@ class Engine:
 
     def _fail_all(self, error: LightMoEError) -> None:
         with self._wake:
-            self.error = error
+            self.error = self.error or error
             waiting = list(self._new)
             self._new.clear()
-        for sequence in list(self._sequences.values()):
-            self._finish(sequence)
-            waiting.append((sequence.request, sequence.on_output))
+            for sequence in list(self._sequences.values()):
+                self._finish(sequence)
+                waiting.append((sequence.request, sequence.on_output))
         for request, on_output in waiting:
             on_output(RequestOutput(request.request_id, finish_reason="error", error=error))
 

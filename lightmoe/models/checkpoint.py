@@ -99,13 +99,13 @@ def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
             header = json.loads(file.read(header_bytes))
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+            expected = 8 + header_bytes + end
             shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
             dtypes = {name: entry["dtype"] for name, entry in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} has a broken header ({error}); fetch it again"
             ) from error
-    expected = 8 + header_bytes + end
     if size != expected:
         raise CheckpointError(
             f"{path} has {size} bytes, its header says {expected}; fetch it again"

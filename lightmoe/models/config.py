@@ -16,15 +16,17 @@ __all__ = ["ModelConfig", "read_config", "read_json"]
 def read_config(folder: Path) -> ModelConfig:
     """Read config.json; CheckpointError when broken, UnsupportedModelError when foreign."""
     raw = read_json(folder / "config.json")
-    architectures = raw.get("architectures") or ["none named"]
-    reader = _READERS.get(architectures[0])
+    listed = raw.get("architectures")
+    names = [*(listed if isinstance(listed, list) else []), "of no named architecture"]
+    architecture = str(names[0])
+    reader = _READERS.get(architecture)
     if reader is None:
         raise UnsupportedModelError(
-            f"{folder.name} is {architectures[0]}; the architectures served are"
+            f"{folder.name} is {architecture}; the architectures served are"
             f" {', '.join(sorted(_READERS))}"
         )
     try:
-        return reader(raw, _eos_token_ids(folder, raw))
+        config = reader(raw, _eos_token_ids(folder, raw))
     except KeyError as error:
         raise CheckpointError(
             f"{folder / 'config.json'} lacks {error}; take a complete config.json"
@@ -34,6 +36,13 @@ def read_config(folder: Path) -> ModelConfig:
             f"{folder / 'config.json'} has a value of the wrong kind ({error});"
             " take the model's own config.json"
         ) from error
+    for token in config.eos_token_ids:
+        if not 0 <= token < config.vocab_size:
+            raise CheckpointError(
+                f"{folder.name}'s eos_token_id {token} is not among its {config.vocab_size} tokens;"
+                " take the model's own generation_config.json"
+            )
+    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -140,12 +140,17 @@ class TextStream:
         skip_special_tokens: bool = True,
         prompt_token_ids: Sequence[int] = (),
     ) -> None:
-        self.stopped = False
+        self.stop_string: str | None = None
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._skip_special_tokens = skip_special_tokens
         self._held = ""
         self._begin(prompt_token_ids[-NUM_CONTEXT_TOKENS:])
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string is complete; `stop_string` says which."""
+        return self.stop_string is not None
 
     def add(self, token_ids: Sequence[int]) -> str:
         """Takes the next tokens; returns the text that is now certain, often ""."""
@@ -199,10 +204,10 @@ class TextStream:
         return self._tokenizer.decode(self._ids, self._skip_special_tokens)[self._num_decoded :]
 
     def _release(self) -> str:
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            text, self._held = self._held[: min(found)], ""
+            at, self.stop_string = min(found)
+            text, self._held = self._held[:at], ""
             return text
         end = len(self._held) - self._num_characters_in_doubt()
         text, self._held = self._held[:end], self._held[end:]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,13 @@ class RayConfig:
 
 @dataclass(slots=True)
 class _Shared:
-    """Ray has one connection a process, so this is the process's. `reaper` is set if it is ours."""
+    """Ray has one connection a process, so this is the process's. `reaper` is set if it is
+    ours, and then `over` lets go the thread that holds it."""
 
     num_users: int = 0
     address: str | None = None
     reaper: subprocess.Popen[bytes] | None = None
+    over: threading.Event = field(default_factory=threading.Event)
 
 
 _shared = _Shared()
@@ -49,10 +53,13 @@ def acquire(num_ranks: int, config: RayConfig, num_threads: int) -> dict[str, fl
     """Have Ray running, and say what one rank asks of it. Every call needs a `release`."""
     with _lock:
         if not ray.is_initialized():
-            _connect(num_ranks, config, num_threads)
+            try:
+                _connect(num_ranks, config, num_threads)
+            finally:
+                # Interrupted or not: a Ray that is up needs its reaper.
+                if config.address is None and ray.is_initialized():
+                    _shared.reaper = _start_reaper()
             _shared.address = config.address
-            if config.address is None:
-                _shared.reaper = _start_reaper()
         elif config.address not in (None, _shared.address):
             raise MachineError(
                 f"this process uses another Ray than {config.address} already; close that first"
@@ -68,6 +75,7 @@ def release() -> None:
         if _shared.num_users or _shared.reaper is None:
             return
         ray.shutdown()
+        _shared.over.set()
         _shared.reaper.kill()
         _shared.reaper.communicate()
         _shared.reaper = None
@@ -98,8 +106,40 @@ def _connect(num_ranks: int, config: RayConfig, num_threads: int) -> None:
     try:
         with _ray_environment(num_threads):
             if config.address is not None:
+                _check_address(config.address)
                 ray.init(address=config.address, **common)
                 return
+            _start_local(num_ranks, common)
+    except (RayError, OSError, RuntimeError, ValueError) as error:
+        if config.address is None:
+            message = f"Ray did not start on this machine: {error}; see `lightmoe doctor`"
+        else:
+            message = (
+                f"no Ray cluster answers at {config.address}: {error}; if it asks for a token,"
+                " have it in ~/.ray/auth_token and set RAY_AUTH_MODE=token"
+            )
+        raise MachineError(message) from error
+
+
+def _check_address(address: str) -> None:
+    """ConnectionError at once, where Ray would try for minutes, deaf to signals."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():  # else it is Ray's own word, such as "auto"
+        with socket.create_connection((host, int(port)), timeout=3):
+            return
+
+
+def _start_local(num_ranks: int, common: dict[str, Any]) -> None:
+    """Start Ray here, to the end even if a signal comes meanwhile: half a Ray leaves processes.
+
+    It has a thread of its own, which stays: the kernel ends Ray's processes with the thread that
+    started them, and on the main thread Ray would take SIGTERM from the caller.
+    """
+    started: Future[None] = Future()
+    over = _shared.over = threading.Event()
+
+    def run() -> None:
+        try:
             # "local": never join a cluster that happens to run here. num_cpus is how many workers
             # Ray starts ahead of need; how many ranks may run is not its business.
             ray.init(
@@ -110,15 +150,17 @@ def _connect(num_ranks: int, config: RayConfig, num_threads: int) -> None:
                 object_store_memory=80 << 20,
                 **common,
             )
-    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
-        if config.address is None:
-            message = f"Ray did not start on this machine: {error}; see `lightmoe doctor`"
-        else:
-            message = (
-                f"no Ray cluster answers at {config.address}: {error}; if it asks for a token,"
-                " have it in ~/.ray/auth_token and set RAY_AUTH_MODE=token"
-            )
-        raise MachineError(message) from error
+        except Exception as error:
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        over.wait()
+
+    threading.Thread(target=run, name="lightmoe-ray", daemon=True).start()
+    try:
+        started.result()
+    finally:
+        started.exception()  # waits, where a signal cut the line above short
 
 
 @contextmanager

@@ -6,6 +6,7 @@ long task that reads its plans from the step channel (channel.py) until the driv
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import select
 import socket
@@ -94,8 +95,6 @@ class RayWorkerGroup:
 
     def _start(self, config: WorkerConfig, bundle: dict[str, float], progress: Progress) -> None:
         group = self._group = ray_cluster.place(self._num_ranks, bundle)
-        token = secrets.token_bytes(32)
-        listener = channel.StepListener(token)
         actor_class = ray.remote(RankActor)
         self._actors = [
             actor_class.options(
@@ -110,11 +109,12 @@ class RayWorkerGroup:
         port = ray.get(self._actors[0].open_rendezvous.remote(config.timeout_seconds))
         loads = [actor.load.remote(port) for actor in self._actors]
         self.ranks: Sequence[RankInfo] = _gather(loads, "load", _LOAD_TIMEOUT_SECONDS, progress)
-        self._runs = [actor.run_steps.remote(listener.port, token) for actor in self._actors]
-        self._connections = listener.accept(self._num_ranks, timeout_seconds=30)
+        token = secrets.token_bytes(32)
+        with contextlib.closing(channel.StepListener(token)) as listener:
+            self._runs = [actor.run_steps.remote(listener.port, token) for actor in self._actors]
+            self._connections = listener.accept(self._num_ranks, timeout_seconds=30)
         for connection in self._connections:
             connection.settimeout(self._step_timeout_seconds)
-        listener.close()
 
     def step(self, batches: Sequence[Batch]) -> list[StepResult]:
         """Run one step on every rank at once; RankError names the rank that died or is late."""
@@ -140,6 +140,8 @@ class RayWorkerGroup:
 
     def _diagnose(self) -> RankError:
         """Which rank is to blame: one that died, else one that failed, else one that is silent."""
+        if not ray.is_initialized():  # to ask Ray now would start it, or join a stranger's
+            return RankError("Ray has been shut down in this process, and the ranks with it")
         done, silent = ray.wait(self._runs, num_returns=len(self._runs), timeout=3.0)
         lost_peer: RankError | None = None
         for run in done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
 from lightmoe.errors import MachineError
@@ -62,11 +63,10 @@ def size_ranks(demand: Demand) -> Sizing:
         )
     # Replicas need a rank other than the home, and pay from the size at which spares are the rule.
     most = model.num_experts if demand.num_spares or demand.num_ranks >= 4 else 0
-    for replicas in range(most, 0, -1):
-        larger = _place(demand, replicas)
-        if fits(larger):
-            placement = larger
-            break
+    # More replicas never make the fullest rank smaller, so the most that fit can be bisected.
+    replicas = bisect.bisect(range(1, most + 1), False, key=lambda n: not fits(_place(demand, n)))
+    if replicas:
+        placement = _place(demand, replicas)
     weight_bytes = _max_slots(placement) * expert_bytes + dense_bytes
     budget = demand.rank_bytes - weight_bytes
     if demand.on_cpu:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.models.folders import write_model
-from tests.worker.groups import generate, new_config, recorded_logits, running_engine
 
 from lightmoe.core import SamplingParams
+from tests.models.folders import write_model
+from tests.worker.groups import generate, new_config, recorded_logits, running_engine
 
 PROMPTS = [tuple((7 * one + 3 * place) % 50 for place in range(3 + 9 * one)) for one in range(6)]
 PARAMS = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)

@@ -1,0 +1,200 @@
+"""The wiring: what every `auto` becomes and why, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightmoe import launch
+from lightmoe.config import LaunchConfig
+from lightmoe.errors import CheckpointError, LightMoEError, MachineError, UsageError
+from lightmoe.launch import listen, resolve, start_engine
+from lightmoe.machine import Driver, Gpu
+from tests.models.folders import write_config, write_model
+
+GIB = 1 << 30
+NO_GPU = Driver()
+BROKEN = Driver(error="Driver/library version mismatch")
+TURING = Driver(
+    version="535.183.01",
+    gpus=(Gpu(name="RTX 2080 Ti", compute_capability=(7, 5), memory_bytes=11 * GIB),) * 10,
+)
+H100 = Driver(
+    version="580.65.06",
+    gpus=(Gpu(name="H100", compute_capability=(9, 0), memory_bytes=80 * GIB),),
+)
+
+
+def config(**values: object) -> LaunchConfig:
+    return LaunchConfig(**{"model": "mixtral-lite", "gpus": 1} | values)
+
+
+@pytest.fixture
+def torch_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this torch could use the cards of the driver."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.mark.usefixtures("torch_with_cuda")
+@pytest.mark.parametrize(
+    ("driver", "values", "device", "dtype", "transport", "reason"),
+    [
+        (NO_GPU, {}, "cpu", "float32", "local", "no GPU found"),
+        (NO_GPU, {"gpus": 10}, "cpu", "float32", "gloo", "several ranks exchange over gloo"),
+        (NO_GPU, {"device": "cpu"}, "cpu", "float32", "local", "the CPU was asked for"),
+        (NO_GPU, {"dtype": "bfloat16"}, "cpu", "bfloat16", "local", "no GPU found"),
+        (BROKEN, {}, "cpu", "float32", "local", "version mismatch"),
+        (TURING, {}, "cuda", "float16", "local", "one rank on RTX 2080 Ti"),
+        (TURING, {"dtype": "float32"}, "cuda", "float32", "local", "RTX 2080 Ti"),
+        (TURING, {"device": "cpu"}, "cpu", "float32", "local", "asked for"),
+        (TURING, {"gpus": 10}, "cpu", "float32", "gloo", "10 GPU(s) found, but several ranks"),
+        (H100, {}, "cuda", "bfloat16", "local", "one rank on H100"),
+        (H100, {"device": "cuda", "dtype": "float16"}, "cuda", "float16", "local", "H100"),
+        (H100, {"transport": "local"}, "cuda", "bfloat16", "local", "H100"),
+        (NO_GPU, {"gpus": 2, "transport": "gloo"}, "cpu", "float32", "gloo", "over gloo"),
+    ],
+)
+def test_auto_becomes_what_the_machine_has(
+    driver: Driver,
+    values: dict[str, object],
+    device: str,
+    dtype: str,
+    transport: str,
+    reason: str,
+) -> None:
+    resolved = resolve(config(**values), driver)
+
+    assert (resolved.device, resolved.dtype, resolved.transport) == (device, dtype, transport)
+    assert reason in resolved.reason
+
+
+@pytest.mark.usefixtures("torch_with_cuda")
+@pytest.mark.parametrize(
+    ("driver", "values", "error", "message"),
+    [
+        (NO_GPU, {"device": "cuda"}, MachineError, "--device cuda: no GPU found; .*--device cpu"),
+        (BROKEN, {"device": "cuda"}, MachineError, "does not answer .*version mismatch"),
+        (H100, {"device": "cuda", "gpus": 10}, UsageError, "10 ranks .*--gpus 1, or --device cpu"),
+        (NO_GPU, {"device": "cuda", "gpus": 10}, UsageError, "10 ranks .*--device cpu"),
+        (TURING, {"dtype": "bfloat16"}, UsageError, "2080 Ti has no bfloat16; use --dtype float16"),
+        (NO_GPU, {"transport": "gloo"}, UsageError, "transport gloo does not fit one rank"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_is_refused(
+    driver: Driver, values: dict[str, object], error: type[LightMoEError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        resolve(config(**values), driver)
+
+
+def test_a_torch_that_cannot_use_the_card_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    assert "cannot use the GPU under driver 580" in resolve(config(), H100).reason
+    with pytest.raises(MachineError, match=r"--device cuda: torch .* under driver 580"):
+        resolve(config(device="cuda"), H100)
+
+
+def test_listen_takes_any_free_port() -> None:
+    with listen("127.0.0.1", 0) as one, listen("127.0.0.1", 0) as other:
+        assert one.getsockname()[0] == "127.0.0.1"
+        assert one.getsockname()[1] != other.getsockname()[1] > 0
+
+
+def test_a_port_in_use_names_port_and_holder() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        message = rf"port {port} of 127\.0\.0\.1 .*process {os.getpid()}\).*give another --port"
+        with pytest.raises(MachineError, match=message):
+            listen("127.0.0.1", port)
+
+
+def test_a_port_that_another_launch_has_reserved_is_in_use() -> None:
+    with listen("127.0.0.1", 0) as reserved:
+        port = reserved.getsockname()[1]
+        with pytest.raises(MachineError, match=rf"port {port} of 127\.0\.0\.1 cannot be used"):
+            listen("127.0.0.1", port)
+
+
+def test_a_host_that_is_not_here_is_refused() -> None:
+    with pytest.raises(MachineError, match=r"port 8000 of 192\.0\.2\.200 cannot be used"):
+        listen("192.0.2.200", 8000)
+
+
+@pytest.fixture
+def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may be started by what follows."""
+
+    def start(*_: object) -> None:
+        pytest.fail("ranks were started")
+
+    monkeypatch.setattr(launch, "RayWorkerGroup", start)
+
+
+def refused(values: dict[str, object]) -> str:
+    with pytest.raises(LightMoEError) as raised:
+        start_engine(config(**values), lambda stage, done, total: None)
+    assert "\n" not in str(raised.value)
+    return f"{type(raised.value).__name__}: {raised.value}"
+
+
+@pytest.mark.usefixtures("no_ranks")
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"model": "no-such-model"}, "ModelNotFoundError: no model named 'no-such-model'"),
+        ({"model": "mixtral-8x7b"}, "--load-format dummy"),
+        ({"max_model_len": 4096}, "UsageError: --max-model-len 4096 is over the 2048 positions"),
+        ({"memory_limit": "1MiB"}, "a rank may use 1.0 MiB"),
+        ({"memory_limit": "64MiB", "max_model_len": 2048}, None),
+        ({"gpus": 10, "device": "cuda"}, "UsageError: --device cuda with 10 ranks"),
+    ],
+)
+def test_what_cannot_work_is_said_before_ranks_start(
+    values: dict[str, object], said: str | None
+) -> None:
+    if said is None:
+        with pytest.raises(pytest.fail.Exception, match="ranks were started"):
+            start_engine(config(**values), lambda stage, done, total: None)
+    else:
+        assert said in refused(values)
+
+
+@pytest.mark.usefixtures("no_ranks")
+def test_too_little_free_memory_for_so_many_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "free_ram_bytes", lambda: 2 * GIB)
+
+    assert "2.0 GiB of memory are free, 10 ranks need 3.7 GiB" in refused({"gpus": 10})
+
+    monkeypatch.setattr(launch, "free_ram_bytes", lambda: None)
+    assert "does not tell its free memory; give --memory-limit" in refused({"gpus": 10})
+
+
+@pytest.mark.usefixtures("no_ranks")
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, checkout: Path) -> None:
+    folder = write_model(tmp_path / "small")
+    shutil.copy(checkout / "models" / "mixtral-lite" / "tokenizer.json", folder)
+
+    assert "tokenizer has 3072 tokens, the model 50" in refused({"model": str(folder)})
+
+
+@pytest.mark.usefixtures("no_ranks")
+def test_a_checkpoint_is_checked_before_ranks_start(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "small")
+    write_config(folder, hidden_size=32)
+
+    assert refused({"model": str(folder)}).startswith(f"{CheckpointError.__name__}: tensor")
+
+
+@pytest.mark.usefixtures("no_ranks")
+def test_a_broken_generation_config_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "small")
+    (folder / "generation_config.json").write_text(json.dumps([1]), encoding="utf-8")
+
+    assert "generation_config.json holds a list" in refused({"model": str(folder)})

@@ -2,23 +2,27 @@
 
     python benchmarks/bench_gloo_exchange.py [--gpus 10]
 
-`dense` is gloo's all-to-all, `sparse` single messages: the figures behind the choice between the
-two in lightmoe/moe/dispatch/gloo.py. Every rank is a process.
+`gloo_ms` is gloo's own all-to-all, `ours_ms` lightmoe/distributed/communicator.py, which sends
+single messages. Every rank is a process.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import multiprocessing
 import time
+from collections.abc import Callable
+from typing import Any
 
 import protocol
 import torch
+import torch.distributed
 
 from lightmoe.distributed.communicator import Communicator, Rendezvous
 
-WIDTH = 256
 TIMEOUT_SECONDS = 60.0
 
 
@@ -53,31 +57,51 @@ def run_rank(rank: int, num_ranks: int, port: int, samples: int, out: object) ->
     torch.set_num_threads(1)
     communicator = Communicator(rank, num_ranks, port, TIMEOUT_SECONDS)
     rows = []
-    for num_senders in (1, 2, 3, 5, num_ranks):
+    sizes = itertools.product((256, 65536), (1, 3, 5, num_ranks))
+    for width, num_senders in sizes:
         counts_in = [int(source < num_senders) for source in range(num_ranks)]
         counts_out = [int(rank < num_senders)] * num_ranks
-        sent = torch.ones(sum(counts_out), WIDTH)
-        received = torch.empty(sum(counts_in), WIDTH)
-
-        def exchange(sparse: bool, arguments: tuple[object, ...]) -> float:
-            started = time.perf_counter()
-            communicator.all_to_all(*arguments, sparse=sparse)
-            return (time.perf_counter() - started) * 1e3
+        sent = torch.ones(sum(counts_out), width)
+        received = torch.empty(sum(counts_in), width)
 
         arguments = (received, sent, counts_in, counts_out)
-        dense = protocol.measure(lambda a=arguments: exchange(False, a), 20, samples)
-        sparse = protocol.measure(lambda a=arguments: exchange(True, a), 20, samples)
+        ours = functools.partial(timed, communicator.all_to_all, arguments)
+        theirs = functools.partial(
+            timed, functools.partial(gloo_all_to_all, communicator), arguments
+        )
+        gloo_ms = protocol.measure(theirs, 20, samples)
+        ours_ms = protocol.measure(ours, 20, samples)
         rows.append(
             {
                 "num_ranks": num_ranks,
                 "messages": num_senders * (num_ranks - 1),
                 "pairs": num_ranks * (num_ranks - 1),
-                "dense_ms": dense,
-                "sparse_ms": sparse,
+                "message_bytes": width * 4,
+                "gloo_ms": gloo_ms,
+                "ours_ms": ours_ms,
             }
         )
     if rank == 0:
         out.send_bytes(json.dumps(rows).encode())
+
+
+def timed(call: Callable[..., None], arguments: tuple[Any, ...]) -> float:
+    """Milliseconds of one call."""
+    started = time.perf_counter()
+    call(*arguments)
+    return (time.perf_counter() - started) * 1e3
+
+
+def gloo_all_to_all(
+    communicator: Communicator,
+    received: torch.Tensor,
+    sent: torch.Tensor,
+    counts_in: list[int],
+    counts_out: list[int],
+) -> None:
+    """gloo's own collective on the same group."""
+    options = torch.distributed.AllToAllOptions()
+    communicator._group.alltoall_base(received, sent, counts_in, counts_out, options).wait()
 
 
 if __name__ == "__main__":

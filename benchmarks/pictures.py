@@ -1,6 +1,6 @@
 """The README's measured pictures: the expert load after held-out prompts, and the page under load.
 
-    python benchmarks/pictures.py            # needs Chromium and its driver on the PATH
+python benchmarks/pictures.py            # needs Chromium and its driver on the PATH
 """
 
 from __future__ import annotations

@@ -62,8 +62,7 @@ class Communicator:
                 f"rank {rank} could not join the group of {num_ranks} within"
                 f" {timeout_seconds:.0f} s: {error}"
             ) from error
-        self._options = dist.AllToAllOptions()
-        self._num_sparse = 0
+        self._num_exchanges = 0
 
     def all_to_all(
         self,
@@ -71,48 +70,33 @@ class Communicator:
         sent: Tensor,
         received_counts: Sequence[int],
         sent_counts: Sequence[int],
-        *,
-        sparse: bool = False,
     ) -> None:
         """Rows of `sent` to every rank, rows of every rank into `received`, in rank order.
 
-        Counts are rows per rank. `sparse`, the same on all ranks, sends single messages and none
-        for zero rows. Raises RankError when a peer is gone or late; the group is of no use then.
+        Counts are rows per rank; where there are none there is no message. gloo's own all-to-all
+        sends one to every rank in any case, which is what a small step would spend its time on.
+        Raises RankError when a peer is gone or late; the group is of no use then.
         """
         # gloo refuses int16 and float8; bytes it takes.
-        received, sent = _as_bytes(received), _as_bytes(sent)
+        parts_in = _as_bytes(received).split(list(received_counts))
+        parts_out = _as_bytes(sent).split(list(sent_counts))
+        # The tag tells this exchange's messages from the next one's of a rank that is ahead.
+        self._num_exchanges += 1
+        tag = self._num_exchanges % (1 << 30)
+        works = []
         try:
-            if sparse:
-                self._exchange_messages(received, sent, received_counts, sent_counts)
-            else:
-                counts = list(received_counts), list(sent_counts)
-                self._group.alltoall_base(received, sent, *counts, self._options).wait()
+            for peer, (rows_in, rows_out) in enumerate(zip(parts_in, parts_out, strict=True)):
+                if peer == self.rank:
+                    rows_in.copy_(rows_out)
+                    continue
+                if len(rows_in):
+                    works.append(self._group.recv([rows_in], peer, tag))
+                if len(rows_out):
+                    works.append(self._group.send([rows_out], peer, tag))
+            for work in works:
+                work.wait()
         except RuntimeError as error:
             raise RankError(f"rank {self.rank} lost a peer in an all-to-all: {error}") from error
-
-    def _exchange_messages(
-        self,
-        received: Tensor,
-        sent: Tensor,
-        received_counts: Sequence[int],
-        sent_counts: Sequence[int],
-    ) -> None:
-        # The tag tells this exchange's messages from the next one's of a rank that is ahead.
-        self._num_sparse += 1
-        tag = self._num_sparse % (1 << 30)
-        works = []
-        for peer, (rows_in, rows_out) in enumerate(
-            zip(received.split(list(received_counts)), sent.split(list(sent_counts)), strict=True)
-        ):
-            if peer == self.rank:
-                rows_in.copy_(rows_out)
-                continue
-            if len(rows_in):
-                works.append(self._group.recv([rows_in], peer, tag))
-            if len(rows_out):
-                works.append(self._group.send([rows_out], peer, tag))
-        for work in works:
-            work.wait()
 
 
 def _as_bytes(rows: Tensor) -> Tensor:

@@ -19,9 +19,7 @@ from tests.sockets import listening_addresses
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int16, torch.int64]
 
 
-def exchange(
-    ranks: RankThreadsCache, counts: np.ndarray, dtype: torch.dtype, *, sparse: bool
-) -> None:
+def exchange(ranks: RankThreadsCache, counts: np.ndarray, dtype: torch.dtype) -> None:
     """Send counts[from, to] numbered rows, and check what every rank got."""
     num_ranks = len(counts)
 
@@ -34,7 +32,7 @@ def exchange(
         sent = torch.cat([rows(rank, peer) for peer in range(num_ranks)])
         received = torch.empty(int(counts[:, rank].sum()), 3, dtype=dtype)
         received_counts, sent_counts = counts[:, rank].tolist(), counts[rank].tolist()
-        communicator.all_to_all(received, sent, received_counts, sent_counts, sparse=sparse)
+        communicator.all_to_all(received, sent, received_counts, sent_counts)
         return received
 
     for rank, received in enumerate(ranks.run(num_ranks, task)):
@@ -42,24 +40,22 @@ def exchange(
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
-@given(data=st.data(), num_ranks=st.sampled_from([1, 2, 3, 5]), sparse=st.booleans())
+@given(data=st.data(), num_ranks=st.sampled_from([1, 2, 3, 5]))
 def test_rows_arrive_in_rank_order_for_any_counts(
-    ranks: RankThreadsCache, data: st.DataObject, num_ranks: int, sparse: bool
+    ranks: RankThreadsCache, data: st.DataObject, num_ranks: int
 ) -> None:
     counts = data.draw(st.lists(st.integers(0, 4), min_size=num_ranks**2, max_size=num_ranks**2))
 
-    exchange(ranks, np.array(counts).reshape(num_ranks, num_ranks), torch.float32, sparse=sparse)
+    exchange(ranks, np.array(counts).reshape(num_ranks, num_ranks), torch.float32)
 
 
-@pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype_travels(ranks: RankThreadsCache, dtype: torch.dtype, sparse: bool) -> None:
-    exchange(ranks, np.array([[1, 0, 2], [0, 0, 3], [4, 0, 1]]), dtype, sparse=sparse)
+def test_every_dtype_travels(ranks: RankThreadsCache, dtype: torch.dtype) -> None:
+    exchange(ranks, np.array([[1, 0, 2], [0, 0, 3], [4, 0, 1]]), dtype)
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-def test_nobody_has_anything_to_send(ranks: RankThreadsCache, sparse: bool) -> None:
-    exchange(ranks, np.zeros((3, 3), dtype=np.int64), torch.float32, sparse=sparse)
+def test_nobody_has_anything_to_send(ranks: RankThreadsCache) -> None:
+    exchange(ranks, np.zeros((3, 3), dtype=np.int64), torch.float32)
 
 
 def test_a_rank_that_is_ahead_does_not_mix_its_messages() -> None:
@@ -72,7 +68,7 @@ def test_a_rank_that_is_ahead_does_not_mix_its_messages() -> None:
                 time.sleep(0.01)
             received = torch.empty(2, 1)
             sent = torch.full((2, 1), 10.0 * turn + communicator.rank)
-            communicator.all_to_all(received, sent, [1, 1], [1, 1], sparse=turn % 2 == 0)
+            communicator.all_to_all(received, sent, [1, 1], [1, 1])
             got.append(received[1 - communicator.rank].item())
         return got
 
@@ -82,8 +78,7 @@ def test_a_rank_that_is_ahead_does_not_mix_its_messages() -> None:
     assert results[1] == [10.0 * turn for turn in range(20)]
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-def test_a_peer_that_is_late_is_a_rank_error(sparse: bool) -> None:
+def test_a_peer_that_is_late_is_a_rank_error() -> None:
     rendezvous = Rendezvous(20.0)
     others = []
     joining = threading.Thread(
@@ -94,7 +89,7 @@ def test_a_peer_that_is_late_is_a_rank_error(sparse: bool) -> None:
     joining.join()
 
     with pytest.raises(RankError, match="rank 0 lost a peer in an all-to-all"):
-        alone.all_to_all(torch.empty(2, 1), torch.ones(2, 1), [1, 1], [1, 1], sparse=sparse)
+        alone.all_to_all(torch.empty(2, 1), torch.ones(2, 1), [1, 1], [1, 1])
 
 
 def test_a_group_that_never_fills_is_a_rank_error() -> None:

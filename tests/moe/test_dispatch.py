@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from unittest import mock
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -80,14 +76,6 @@ def one_expert(tokens_per_rank: tuple[int, ...], num_chunks: int = 1) -> Case:
     )
 
 
-@contextmanager
-def exchange_form(form: str) -> Iterator[None]:
-    """Single messages, whole all-to-alls, or what the dispatcher picks itself."""
-    forced = mock.patch.object(GlooDispatcher, "_is_sparse", return_value=form == "sparse")
-    with nullcontext() if form == "picked" else forced:
-        yield
-
-
 def on_every_rank(ranks: RankThreadsCache, case: Case, task: object) -> list[object]:
     """Run task(dispatcher, group, choice) on every rank; one rank alone has no communicator."""
 
@@ -115,7 +103,6 @@ def halves(experts: Tensor) -> Tensor:
     return (0.5 ** torch.tensor(powers, dtype=torch.float32)).expand(experts.shape)
 
 
-@pytest.mark.parametrize("form", ["picked", "sparse", "dense"])
 @settings(deadline=None, derandomize=True, max_examples=50)
 @given(case=cases())
 @example(one_expert((4, 0, 3)))
@@ -123,7 +110,7 @@ def halves(experts: Tensor) -> Tensor:
 @example(one_expert((0, 0, 1), num_chunks=3))
 @example(one_expert((0, 0, 0)))
 def test_identity_experts_give_back_what_was_dispatched(
-    ranks: RankThreadsCache, form: str, case: Case
+    ranks: RankThreadsCache, case: Case
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randint(-99, 99, (sum(case.tokens_per_rank), WIDTH), generator=generator).float()
@@ -139,8 +126,7 @@ def test_identity_experts_give_back_what_was_dispatched(
             output[receipt.tokens] = dispatcher.combine(pairs, choice.weights, receipt)
         return output
 
-    with exchange_form(form):
-        assert torch.equal(torch.cat(on_every_rank(ranks, case, task)), hidden)
+    assert torch.equal(torch.cat(on_every_rank(ranks, case, task)), hidden)
 
 
 @settings(deadline=None, derandomize=True, max_examples=50)
@@ -185,34 +171,6 @@ def test_every_pair_is_computed_once_by_a_holder_of_its_expert(
         if case.num_ranks > 1:
             assert set(rows_here) == {token for token, _ in met}
         assert num_pairs == len(met)
-
-
-@pytest.mark.parametrize(
-    ("tokens_per_rank", "messages_per_token", "sparse"),
-    [
-        ((1,) + (0,) * 9, 2, True),  # one stream: two messages of ninety
-        ((4,) * 10, 10, False),
-        ((1,) * 10, 2, True),
-        ((5,) * 10, 5, False),
-        ((1, 0), 2, True),
-        ((1, 1), 2, False),
-    ],
-)
-def test_few_messages_go_singly_and_many_together(
-    tokens_per_rank: tuple[int, ...], messages_per_token: int, sparse: bool
-) -> None:
-    num_ranks = len(tokens_per_rank)
-    group = ExpertGroup(
-        rank=0,
-        placement=placement_of([[[0], [1]]], num_ranks),
-        communicator=None,
-        route="waterfill",
-        layer_pairs=np.zeros(1, dtype=np.int64),
-        tokens_per_rank=tokens_per_rank,
-    )
-    dispatcher = GlooDispatcher(group, 0, mock.Mock(spec=Communicator))
-
-    assert dispatcher._is_sparse(messages_per_token) is sparse
 
 
 @given(num_tokens=st.integers(0, 100), num_chunks=st.integers(1, 9))

@@ -16,7 +16,6 @@ from lightmoe.distributed.communicator import Communicator
 from lightmoe.moe.placement import Placement, initial_placement
 from lightmoe.moe.route import ROUTES
 from tests.moe.cases import LayerWeights, placement_of, random_copies
-from tests.moe.test_dispatch import exchange_form
 from tests.ranks import RankThreadsCache
 
 SIZES = [(8, 2, 32, 48), (7, 3, 20, 33)]  # experts, per token, width, expert width
@@ -31,7 +30,6 @@ class Plan:
     tokens_per_rank: tuple[int, ...]
     route: str
     num_chunks: int
-    form: str
 
 
 def cut(generator: np.random.Generator, num_tokens: int, num_ranks: int) -> tuple[int, ...]:
@@ -50,7 +48,6 @@ def plans(draw: st.DrawFn, num_experts: int) -> Plan:
         tokens_per_rank=cut(generator, NUM_TOKENS, num_ranks),
         route=draw(st.sampled_from(sorted(ROUTES))),
         num_chunks=draw(st.integers(1, 5)),
-        form=draw(st.sampled_from(["picked", "sparse", "dense"])),
     )
 
 
@@ -74,17 +71,14 @@ def layer_output(
     if len(plan.tokens_per_rank) == 1:
         results = [run(None, 0)]
     else:
-        with exchange_form(plan.form):
-            results = ranks.run(
-                len(parts), lambda communicator: run(communicator, communicator.rank)
-            )
+        results = ranks.run(len(parts), lambda communicator: run(communicator, communicator.rank))
     outputs, loads, pairs = zip(*results, strict=True)
     return torch.cat(outputs), np.sum(loads, axis=0), list(pairs)
 
 
 def alone(weights: LayerWeights) -> Plan:
     placement = initial_placement(1, len(weights.router), 1)
-    return Plan(placement, (NUM_TOKENS,), "none", 1, "picked")
+    return Plan(placement, (NUM_TOKENS,), "none", 1)
 
 
 def naive_output(weights: LayerWeights, hidden: Tensor) -> Tensor:
@@ -142,7 +136,7 @@ def test_one_token_in_all_has_the_same_bits_too(
     weights = LayerWeights.random(9, *SIZES[0])
     hidden = torch.randn(NUM_TOKENS, SIZES[0][2], generator=torch.Generator().manual_seed(10))
     placement = initial_placement(1, SIZES[0][0], 3, num_spares=1, replicas_per_layer=8)
-    plan = Plan(placement, tokens_per_rank, "waterfill", 2, "picked")
+    plan = Plan(placement, tokens_per_rank, "waterfill", 2)
 
     output, _, _ = layer_output(ranks, weights, hidden[:1], plan)
 

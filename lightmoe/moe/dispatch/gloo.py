@@ -8,8 +8,6 @@ of every transfer, and no further header is needed. It is T x K x 2 bytes beside
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -42,23 +40,10 @@ class GlooDispatcher:
         num_ranks, num_per_token = len(tokens_per_rank), experts.shape[1]
         sent = experts.to(torch.int16).repeat(num_ranks, 1)
         received = sent.new_empty(sum(tokens_per_rank), num_per_token)
-        sparse = self._is_sparse(num_ranks)
         counts = [len(experts)] * num_ranks
-        self._communicator.all_to_all(received, sent, tokens_per_rank, counts, sparse=sparse)
+        self._communicator.all_to_all(received, sent, tokens_per_rank, counts)
         borders = np.cumsum(tokens_per_rank)[:-1]
         return np.split(received.numpy().astype(np.int64), borders)
-
-    def _is_sparse(self, messages_per_token: int) -> bool:
-        """Whether most pairs of ranks have nothing to say to each other in this step.
-
-        A gloo all-to-all costs every pair a message (4.2 ms among ten ranks on four cores);
-        single messages cost twice as much each, so they pay up to half of the pairs. Decided from
-        what all ranks know.
-        """
-        tokens_per_rank = self._group.tokens_per_rank
-        num_peers = len(tokens_per_rank) - 1
-        messages = sum(min(tokens * messages_per_token, num_peers) for tokens in tokens_per_rank)
-        return 2 * messages <= len(tokens_per_rank) * num_peers
 
     def _receipt(self, everyone: list[np.ndarray], chunk: int, num_chunks: int) -> Receipt:
         rank, num_ranks = self._group.rank, len(everyone)
@@ -107,7 +92,7 @@ class GlooDispatcher:
         assert receipt.send_row is not None
         sent = kernels.permute(hidden, receipt.send_row)
         rows = hidden.new_empty(sum(receipt.rows_received), hidden.shape[1])
-        self._exchange(rows, sent, receipt.rows_received, receipt.rows_sent, receipt)
+        self._communicator.all_to_all(rows, sent, receipt.rows_received, receipt.rows_sent)
         return rows
 
     def combine(self, pairs: Tensor, weights: Tensor, receipt: Receipt) -> Tensor:
@@ -115,16 +100,5 @@ class GlooDispatcher:
         assert receipt.return_order is not None
         sent = kernels.permute(pairs, receipt.return_order)
         results = pairs.new_empty(sum(receipt.pairs_received), pairs.shape[1])
-        self._exchange(results, sent, receipt.pairs_received, receipt.pairs_returned, receipt)
+        self._communicator.all_to_all(results, sent, receipt.pairs_received, receipt.pairs_returned)
         return kernels.combine(results, receipt.pair_index, weights[receipt.tokens])
-
-    def _exchange(
-        self,
-        received: Tensor,
-        sent: Tensor,
-        received_counts: Sequence[int],
-        sent_counts: Sequence[int],
-        receipt: Receipt,
-    ) -> None:
-        sparse = self._is_sparse(receipt.pair_index.shape[1])
-        self._communicator.all_to_all(received, sent, received_counts, sent_counts, sparse=sparse)

@@ -6,7 +6,6 @@ python benchmarks/pictures.py            # needs Chromium and its driver on the 
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
 import tempfile
 import time
@@ -45,7 +44,7 @@ def main() -> None:
             load = client.expert_load()
         picture = protocol.RESULTS / f"load-{MODEL}.png"
         save(load_table_from_json(load), picture)
-        picture.with_suffix(".json").write_text(json.dumps(load) + "\n")
+        protocol.write("expert-load", [load])
         photograph(url, protocol.RESULTS / f"page-{MODEL}.png")
         server.terminate()
         server.wait(timeout=30)

@@ -134,8 +134,11 @@ class RayWorkerGroup:
     def check(self) -> None:
         """RankError if a rank has gone while nothing was asked of it."""
         # Between steps a rank has nothing to say: what can be read is the end of its connection.
-        readable, _, _ = select.select(self._connections, [], [], 0)
-        if readable:
+        # poll, not select: a server with many clients has descriptors beyond select's 1024.
+        poller = select.poll()
+        for connection in self._connections:
+            poller.register(connection, select.POLLIN)
+        if poller.poll(0):
             raise self._diagnose()
 
     def _diagnose(self) -> RankError:

@@ -35,6 +35,7 @@ from lightmoe.worker.sizing import Demand, Sizing, size_ranks
 DRAIN_SECONDS = 1.5
 """Running requests get this long after Ctrl-C; then they end with an error event."""
 
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _USABLE_SHARE = 0.8  # of the free memory: torch, Ray and the operating system want some too
 _RANK_OVERHEAD_BYTES = 300 << 20  # a process with torch and Ray in it, measured
@@ -260,7 +261,7 @@ def serve(config: LaunchConfig, progress: Progress, announce: Callable[[str], No
     """Start everything and serve until SIGINT or SIGTERM; raises the error if a rank is lost."""
     with (
         contextlib.closing(listen(config.host, config.port)) as listener,
-        _interrupted_by_sigterm(),
+        _interrupted_by_signals(),
     ):
         launched = start_engine(config, progress)
         try:
@@ -272,17 +273,21 @@ def serve(config: LaunchConfig, progress: Progress, announce: Callable[[str], No
 
 
 @contextlib.contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """SIGTERM stops a start as Ctrl-C does: by an exception, so that ranks are not left behind."""
+def _interrupted_by_signals() -> Iterator[None]:
+    """Both signals stop a start by an exception, so that ranks are not left behind.
+
+    SIGINT does so by itself, unless a script started us in the background: there it is ignored.
+    """
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in _STOP_SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Server(uvicorn.Server):
@@ -331,7 +336,7 @@ async def _serve(
         if drain.ident is None:
             drain.start()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _STOP_SIGNALS:
         loop.add_signal_handler(number, stop)
     engine.on_failure(lambda error: _call_soon(loop, stop))
     announce(launched.summary)

@@ -20,7 +20,7 @@ import uvicorn
 from lightmoe.config import LaunchConfig
 from lightmoe.core import ModelInfo
 from lightmoe.engine.engine import Engine, SchedulerConfig
-from lightmoe.errors import CheckpointError, MachineError, UsageError
+from lightmoe.errors import CheckpointError, LightMoEError, MachineError, UsageError
 from lightmoe.machine import Driver, free_ram_bytes, port_holder, read_driver
 from lightmoe.models.checkpoint import check_tensors, read_index
 from lightmoe.models.config import ModelConfig, read_config
@@ -336,18 +336,17 @@ async def _serve(
         if drain.ident is None:
             drain.start()
 
+    def stop_after_failure(_: LightMoEError) -> None:
+        loop.call_soon_threadsafe(stop)
+
     for number in _STOP_SIGNALS:
         loop.add_signal_handler(number, stop)
-    engine.on_failure(lambda error: _call_soon(loop, stop))
+    engine.on_failure(stop_after_failure)
     announce(launched.summary)
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     announce(f"{engine.model.name} is ready on http://{host}:{port}  (Ctrl-C stops it)")
     await server.serve(sockets=[listener])
-
-
-def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
-    loop.call_soon_threadsafe(callback)
 
 
 def _drain(engine: Engine, loop: asyncio.AbstractEventLoop, server: _Server) -> None:

@@ -21,13 +21,9 @@ class KVBlocks:
         """Share of the blocks in use."""
         return 1.0 - self.num_free / self.num_blocks
 
-    def num_missing(self, table: list[int], num_positions: int) -> int:
-        """Blocks that a table lacks to hold that many positions."""
-        return max(0, -(-num_positions // self.block_size) - len(table))
-
     def extend(self, table: list[int], num_positions: int) -> bool:
         """Grow a table to hold that many positions; False, and nothing taken, if it cannot."""
-        missing = self.num_missing(table, num_positions)
+        missing = max(0, -(-num_positions // self.block_size) - len(table))
         if missing > self.num_free:
             return False
         table.extend(self._free.pop() for _ in range(missing))

@@ -33,7 +33,7 @@ class Receipt:
     | return_order [P] | slot-sorted pair of each pair in the order results travel back |
     | pairs_returned, pairs_received [W] | results to / from each rank |
 
-    A transport that moves nothing leaves the last four empty.
+    A transport that moves nothing leaves send_row and what follows it empty.
     """
 
     tokens: slice

@@ -25,7 +25,8 @@ class LocalDispatcher:
         return [self._receipt(choice.experts[span], span) for span in spans]
 
     def _receipt(self, experts: Tensor, span: slice) -> Receipt:
-        slot = self._slot_table.to(experts.device)[experts.flatten()]  # [T * K]
+        self._slot_table = self._slot_table.to(experts.device)  # moves with the first step only
+        slot = self._slot_table[experts.flatten()]  # [T * K]
         order = torch.argsort(slot, stable=True)
         pair_index = torch.empty_like(order)
         pair_index[order] = torch.arange(len(order), device=order.device)

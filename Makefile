@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 GPU    ?= cpu
+ARCHS  ?= native
 VENV   := .venv
 BIN    := $(VENV)/bin
 STACKS := cpu cuda12 cuda13
@@ -14,14 +15,17 @@ ifeq ($(filter $(GPU),$(STACKS)),)
 $(error GPU=$(GPU) is unknown; give one of: $(STACKS) (cuda12: NVIDIA driver 525 to 579, cuda13: 580 and later))
 endif
 
-.PHONY: help install launch test check wheel clean
+.PHONY: help install kernels launch test check wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
-	@echo "Options: GPU=cpu|cuda12|cuda13  PYTHON=python3.12  TORCH_INDEX=URL  ARGS=\"...\" (for launch and test)"
+	@echo "Options: GPU=cpu|cuda12|cuda13  PYTHON=python3.12  ARCHS=75,90  TORCH_INDEX=URL  ARGS=\"...\" (for launch and test)"
 
 install: $(STAMP)  ## make .venv with the package (editable) and everything the tests need
+
+kernels: install  ## build liblight_ops and its kernels for ARCHS, by default the cards here
+	$(BIN)/python cute_kernels/build.py --arch $(ARCHS)
 
 launch: install  ## serve models/mixtral-lite on ten ranks at http://127.0.0.1:8000
 	$(BIN)/lightmoe launch --gpus 10 --model mixtral-lite $(ARGS)
@@ -39,8 +43,8 @@ wheel: install  ## build dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:  ## remove .venv and everything built
-	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find lightmoe tests benchmarks -name __pycache__ -type d -exec rm -rf {} +
+	rm -rf $(VENV) build dist lightmoe/kernels/lib .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find lightmoe cute_kernels tests benchmarks -name __pycache__ -type d -exec rm -rf {} +
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

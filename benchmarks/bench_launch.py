@@ -1,6 +1,8 @@
 """A launch as a user does it: time to ready, memory, idle load, tokens/s and time to first token.
 
 python benchmarks/bench_launch.py [--gpus 10] [--model mixtral-lite]
+
+Flags that are not its own go to `lightmoe launch`: --device cuda --load-format dummy.
 """
 
 from __future__ import annotations
@@ -14,14 +16,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx
 import processes
 import protocol
 
-PROMPT = "def fibonacci(n):"
+PROMPTS: dict[str, str | list[int]] = {
+    "text": "def fibonacci(n):",
+    "ids": list(range(100, 116)),  # for a model without a tokenizer
+}
 
 
 def main() -> None:
@@ -33,15 +38,24 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--idle-seconds", type=float, default=20.0)
-    options = parser.parse_args()
-    with launched(options.model, options.gpus) as (server, url, ready_seconds):
+    parser.add_argument("--prompt", choices=sorted(PROMPTS), default="text")
+    parser.add_argument("--gpu", help="the card's name, where one is measured")
+    parser.add_argument("--commit", help="the commit, where this is a copy without .git")
+    options, flags = parser.parse_known_args()
+    with launched(options.model, options.gpus, flags) as (server, url, ready_seconds):
         rows: list[dict[str, Any]] = [
             {"what": "ready", "num_ranks": options.gpus, "seconds": ready_seconds},
             idle_row(server.pid, options.idle_seconds),
         ]
         for streams in options.streams:
             rows.append(
-                throughput_row(url, options.model, streams, options.tokens, options.samples)
+                throughput_row(
+                    url,
+                    {"model": options.model, "prompt": PROMPTS[options.prompt]},
+                    streams,
+                    options.tokens,
+                    options.samples,
+                )
             )
         rows.append(memory_row(server.pid))
         started = time.perf_counter()
@@ -50,17 +64,20 @@ def main() -> None:
         rows.append({"what": "stop", "seconds": time.perf_counter() - started, "exit_code": code})
     for row in rows:
         print(json.dumps(row))
-    protocol.write("launch", rows)
+    bench = "launch" if options.gpu is None else f"launch-{options.model}"
+    protocol.write(bench, rows, gpu=options.gpu, measured_commit=options.commit)
 
 
 @contextlib.contextmanager
-def launched(model: str, gpus: int) -> Iterator[tuple[subprocess.Popen[bytes], str, float]]:
+def launched(
+    model: str, gpus: int, flags: Sequence[str] = ()
+) -> Iterator[tuple[subprocess.Popen[bytes], str, float]]:
     """`lightmoe launch` in a process of its own, its address, and how long it took to answer."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "lightmoe", "launch", "--gpus", str(gpus), "--model", model]
     started = time.perf_counter()
-    server = subprocess.Popen([*command, "--port", str(port)])
+    server = subprocess.Popen([*command, "--port", str(port), *flags])
     url = f"http://127.0.0.1:{port}"
     try:
         while True:
@@ -105,9 +122,11 @@ def memory_row(pid: int) -> dict[str, Any]:
     }
 
 
-def throughput_row(url: str, model: str, streams: int, tokens: int, samples: int) -> dict[str, Any]:
+def throughput_row(
+    url: str, request: dict[str, Any], streams: int, tokens: int, samples: int
+) -> dict[str, Any]:
     """Tokens/s of parallel streams, and the first content's delay."""
-    runs = [asyncio.run(run_streams(url, model, streams, tokens)) for _ in range(samples + 1)][1:]
+    runs = [asyncio.run(run_streams(url, request, streams, tokens)) for _ in range(samples + 1)][1:]
     return {
         "what": "throughput",
         "num_streams": streams,
@@ -117,11 +136,11 @@ def throughput_row(url: str, model: str, streams: int, tokens: int, samples: int
     }
 
 
-async def run_streams(url: str, model: str, streams: int, tokens: int) -> tuple[float, list[float]]:
+async def run_streams(
+    url: str, request: dict[str, Any], streams: int, tokens: int
+) -> tuple[float, list[float]]:
     """One run: tokens/s in all, and each stream's time to first content in ms."""
-    body = {
-        "model": model,
-        "prompt": PROMPT,
+    body = request | {
         "max_tokens": tokens,
         "temperature": 0.8,
         "ignore_eos": True,
@@ -142,12 +161,10 @@ async def run_stream(client: httpx.AsyncClient, body: dict[str, Any]) -> float:
     async with client.stream("POST", "/v1/completions", json=body) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
-            if (
-                not first
-                and line.startswith("data: {")
-                and json.loads(line[6:])["choices"][0]["text"]
-            ):
-                first = (time.perf_counter() - started) * 1e3
+            if not first and line.startswith("data: {"):
+                choice = json.loads(line[6:])["choices"][0]
+                if choice["text"] or choice.get("token_ids"):
+                    first = (time.perf_counter() - started) * 1e3
     return first
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import protocol
-from bench_launch import launched, run_streams
+from bench_launch import PROMPTS, launched, run_streams
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 
@@ -69,7 +69,7 @@ def photograph(url: str, path: Path) -> None:
         time.sleep(2)
         buttons = browser.find_elements(By.TAG_NAME, "button")
         next(button for button in buttons if button.text == "Generate").click()
-        asyncio.run(run_streams(url, MODEL, 16, 48))
+        asyncio.run(run_streams(url, {"model": MODEL, "prompt": PROMPTS["text"]}, 16, 48))
         time.sleep(0.5)
         browser.save_screenshot(str(path))
     shutil.rmtree(profile, ignore_errors=True)

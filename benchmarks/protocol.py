@@ -71,19 +71,29 @@ def commit() -> str:
     return head.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 
-def write(bench: str, rows: list[dict[str, Any]]) -> Path:
-    """Write one run's result file and say where it is."""
+def write(
+    bench: str,
+    rows: list[dict[str, Any]],
+    *,
+    gpu: str | None = None,
+    measured_commit: str | None = None,
+) -> Path:
+    """Write one run's result file and say where it is.
+
+    `gpu` names the card that was measured, `measured_commit` the commit where git does not know.
+    """
     date = datetime.date.today().isoformat()
     result = {
         "bench": bench,
-        "device": device_name(),
+        "device": device_name() if gpu is None else f"{gpu}; {device_name()}",
         "date": date,
-        "commit": commit(),
+        "commit": measured_commit or commit(),
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "rows": rows,
     }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{bench}-{machine_name()}-{date}.json"
+    machine = machine_name() if gpu is None else re.sub(r"[^a-z0-9]+", "-", gpu.lower())
+    path = RESULTS / f"{bench}-{machine}-{date}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)
     return path

@@ -14,14 +14,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parent / "kernels"))
+import readme_tables
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
-READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
+READMES = (
+    ROOT / "README.md",
+    ROOT / "README.zh-CN.md",
+    ROOT / "cute_kernels" / "README.md",
+)
 GIB = 1 << 30
 
 
 def main() -> None:
-    """Rewrite or check both READMEs."""
+    """Rewrite or check the READMEs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
@@ -97,7 +104,7 @@ def _spread(figure: dict[str, float], unit: str, digits: int) -> str:
     return f"{figure['median']:.{digits}f} {unit} ({low:.{digits}f}-{high:.{digits}f})"
 
 
-TABLES = {"launch": launch_table}
+TABLES = {"launch": launch_table, **readme_tables.TABLES}
 
 
 if __name__ == "__main__":

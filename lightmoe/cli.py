@@ -30,6 +30,7 @@ _HELP = {
     "transport": "How rows travel between ranks.",
     "route": "How tokens are split over the replicas of an expert.",
     "load_format": "dummy makes weights up: config.json is enough, prompts are token ids.",
+    "deterministic": "on: the same tokens whatever runs beside a request; off: faster on a GPU.",
     "max_model_len": "Tokens of prompt and answer together. Default: what the model says.",
     "max_num_seqs": "Sequences that run at once on a rank.",
     "max_num_batched_tokens": "Tokens that a rank runs in one step.",

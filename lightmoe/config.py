@@ -23,6 +23,7 @@ PlacementStyle = Literal["spare", "spread"]
 Transport = Literal["auto", "local", "gloo"]
 Route = Literal["waterfill", "even", "none"]
 LoadFormat = Literal["auto", "dummy"]
+OnOff = Literal["on", "off"]
 
 MAX_RANKS = 1024
 
@@ -53,6 +54,7 @@ class LaunchConfig:
     | spares | ranks that hold replicas only; None: 2 from four ranks up, else 0 |
     | placement | "spare": homes and spares; "spread": all ranks alike |
     | route | how tokens are split over the replicas of an expert |
+    | deterministic | "on": a request's tokens depend on itself only, not on what runs beside it |
     | max_model_len | tokens of prompt and answer together; None: what the model says |
     | max_num_seqs, max_num_batched_tokens | per rank and step |
     | memory_limit | per rank, for weights and KV cache, such as "11GiB"; None: no limit of ours |
@@ -69,6 +71,7 @@ class LaunchConfig:
     transport: Transport = "auto"
     route: Route = "waterfill"
     load_format: LoadFormat = "auto"
+    deterministic: OnOff = "on"
     max_model_len: int | None = None
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 512

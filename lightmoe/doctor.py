@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightmoe.machine import RAY_TOKEN, Gpu, Machine, probe
+from lightmoe.errors import MachineError
+from lightmoe.machine import RAY_TOKEN, Driver, Gpu, Machine, probe
+
+if TYPE_CHECKING:
+    from lightmoe.kernels.library import Manifest
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -45,7 +50,8 @@ class Finding:
 
 def diagnose(port: int = 8000, num_ranks: int = 10) -> list[Finding]:
     """Look at this machine: can `num_ranks` ranks start here and serve on `port`?"""
-    return judge(probe(port), num_ranks)
+    machine = probe(port)
+    return [*judge(machine, num_ranks), look_at_kernels(machine)]
 
 
 def exit_code(findings: list[Finding]) -> int:
@@ -92,6 +98,34 @@ def judge(machine: Machine, num_ranks: int) -> list[Finding]:
         _judge_port(machine),
         _judge_loopback(machine.loopback_error),
     ]
+
+
+def look_at_kernels(machine: Machine, directory: Path | None = None) -> Finding:
+    """Whether the compiled kernels in `directory` (default: the installed ones) fit the cards."""
+    if machine.torch.version is None or machine.torch.error:
+        return _ok("kernels", "not looked at, for want of torch")
+    from lightmoe.kernels import library  # loads torch
+
+    try:
+        manifest = library.read_manifest(directory or library.FOLDER)
+    except MachineError as error:
+        return _warn("kernels", str(error), library.REMEDY)
+    return _judge_kernels(machine.driver, manifest)
+
+
+def _judge_kernels(driver: Driver, manifest: Manifest | None) -> Finding:
+    from lightmoe.kernels.library import REMEDY, architecture_for
+
+    usable = {gpu.compute_capability for gpu in driver.gpus if gpu.compute_capability >= TURING}
+    if manifest is None:
+        what = "liblight_ops is not built"
+        return _warn("kernels", what, REMEDY) if usable else _ok("kernels", f"{what} (for GPUs)")
+    what = f"liblight_ops for sm_{', sm_'.join(manifest.kernels)} in {manifest.directory}"
+    capabilities = sorted(10 * major + minor for major, minor in usable)
+    lacking = [str(c) for c in capabilities if architecture_for(c, manifest.kernels) is None]
+    if lacking:
+        return _warn("kernels", what, f"{REMEDY} ARCHS={','.join(lacking)}")
+    return _ok("kernels", f"{what}; driver {driver.version or 'none'}")
 
 
 def _judge_version(subject: str, version: str | None, minimum: tuple[int, int]) -> Finding:

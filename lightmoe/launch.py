@@ -11,6 +11,7 @@ import errno
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ DRAIN_SECONDS = 1.5
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _USABLE_SHARE = 0.8  # of the free memory: torch, Ray and the operating system want some too
+_USABLE_GPU_SHARE = 0.9  # of a card's: the CUDA context, and what a step needs for a moment
 _RANK_OVERHEAD_BYTES = 300 << 20  # a process with torch and Ray in it, measured
 
 
@@ -83,6 +85,16 @@ def resolve(config: LaunchConfig, driver: Driver) -> Resolved:
     if config.transport not in ("auto", transport):
         raise UsageError(f"transport {config.transport} does not fit one rank; take auto or local")
     return Resolved(device=device, dtype=dtype, transport=transport, reason=reason)
+
+
+def kernels_for(resolved: Resolved, driver: Driver) -> str:
+    """The kernels that device and dtype lead to, and why; MachineError where they are missing."""
+    if resolved.device == "cpu":
+        return "reference (the CPU)"
+    # Imported here: without a GPU the driver's process needs no torch.
+    from lightmoe.kernels.choice import choose_kernels
+
+    return choose_kernels(resolved.dtype, driver.gpus[0].compute_capability)
 
 
 def _resolve_device(config: LaunchConfig, driver: Driver) -> tuple[str, str]:
@@ -142,6 +154,7 @@ def start_workers(config: LaunchConfig, progress: Progress) -> Started:
         )
     driver = read_driver()
     resolved = resolve(config, driver)
+    kernels = kernels_for(resolved, driver)
     sizing = size_ranks(_demand(config, model, resolved, driver))
     workers = RayWorkerGroup(
         WorkerConfig(
@@ -156,6 +169,7 @@ def start_workers(config: LaunchConfig, progress: Progress) -> Started:
             num_kv_blocks=sizing.num_kv_blocks,
             num_threads=1,
             seed=config.seed,
+            deterministic=config.deterministic == "on",
         ),
         RayConfig(address=config.address, gpus_per_rank=int(resolved.device == "cuda")),
         progress,
@@ -164,7 +178,7 @@ def start_workers(config: LaunchConfig, progress: Progress) -> Started:
         group=workers,
         model=_model_info(config, folder, model, sizing),
         tokenizer=tokenizer,
-        summary=_summary(config, resolved, sizing),
+        summary=_summary(config, resolved, kernels, sizing),
     )
 
 
@@ -190,7 +204,7 @@ def _demand(config: LaunchConfig, model: ModelConfig, resolved: Resolved, driver
 def _rank_bytes(config: LaunchConfig, resolved: Resolved, driver: Driver) -> int:
     """What a rank may use for weights and cache: a share of what is free, or the limit if less."""
     if resolved.device == "cuda":
-        share = int(driver.gpus[0].memory_bytes * _USABLE_SHARE)
+        share = int(driver.gpus[0].free_bytes * _USABLE_GPU_SHARE)
     else:
         free = free_ram_bytes()
         if free is None:
@@ -224,7 +238,7 @@ def _model_info(
     )
 
 
-def _summary(config: LaunchConfig, resolved: Resolved, sizing: Sizing) -> str:
+def _summary(config: LaunchConfig, resolved: Resolved, kernels: str, sizing: Sizing) -> str:
     kinds = f"{config.num_homes} homes + {config.num_spares} spares"
     ranks = f"{config.gpus} ranks, all alike" if config.placement == "spread" else kinds
     slots = [sizing.placement.num_slots(rank) for rank in range(config.gpus)]
@@ -232,7 +246,8 @@ def _summary(config: LaunchConfig, resolved: Resolved, sizing: Sizing) -> str:
         f"{resolved.device} ({resolved.reason}), {resolved.dtype}, transport {resolved.transport},"
         f" route {config.route}, placement {config.placement}: {ranks},"
         f" {min(slots)}-{max(slots)} experts a rank; context {sizing.max_model_len},"
-        f" KV cache {sizing.cache_bytes / 2**20:.0f} MiB a rank"
+        f" KV cache {sizing.cache_bytes / 2**20:.0f} MiB a rank; kernels: {kernels},"
+        f" deterministic {config.deterministic}"
     )
 
 
@@ -259,13 +274,14 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(config: LaunchConfig, progress: Progress, announce: Callable[[str], None]) -> None:
     """Start everything and serve until SIGINT or SIGTERM; raises the error if a rank is lost."""
+    started = time.perf_counter()
     with (
         contextlib.closing(listen(config.host, config.port)) as listener,
         _interrupted_by_signals(),
     ):
         launched = start_engine(config, progress)
         try:
-            asyncio.run(_serve(config, launched, listener, announce))
+            asyncio.run(_serve(config, launched, listener, announce, started))
         finally:
             launched.engine.close()
         if launched.engine.failure is not None:
@@ -308,6 +324,7 @@ async def _serve(
     launched: Launched,
     listener: socket.socket,
     announce: Callable[[str], None],
+    started: float,
 ) -> None:
     engine = launched.engine
     app = create_app(
@@ -345,7 +362,10 @@ async def _serve(
     announce(launched.summary)
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    announce(f"{engine.model.name} is ready on http://{host}:{port}  (Ctrl-C stops it)")
+    announce(
+        f"{engine.model.name} is ready on http://{host}:{port}  after"
+        f" {time.perf_counter() - started:.1f} s (Ctrl-C stops it)"
+    )
     await server.serve(sockets=[listener])
 
 

@@ -26,6 +26,7 @@ class Gpu:
     name: str
     compute_capability: tuple[int, int]
     memory_bytes: int
+    free_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,10 +131,12 @@ def read_driver() -> Driver:
 
 def _read_gpu(index: int) -> Gpu:
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     return Gpu(
         name=pynvml.nvmlDeviceGetName(handle),
         compute_capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
-        memory_bytes=pynvml.nvmlDeviceGetMemoryInfo(handle).total,
+        memory_bytes=memory.total,
+        free_bytes=memory.free,
     )
 
 

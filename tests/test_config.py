@@ -38,6 +38,7 @@ def test_defaults_of_the_contract() -> None:
     chosen = config()
     assert (chosen.device, chosen.dtype, chosen.transport) == ("auto", "auto", "auto")
     assert (chosen.placement, chosen.route, chosen.load_format) == ("spare", "waterfill", "auto")
+    assert chosen.deterministic == "on"
     assert (chosen.host, chosen.port, chosen.seed) == ("127.0.0.1", 8000, 0)
     assert (chosen.max_num_seqs, chosen.max_num_batched_tokens) == (16, 512)
 
@@ -56,6 +57,7 @@ def test_defaults_of_the_contract() -> None:
         ({"spares": 2, "placement": "spread"}, "spares (2) has no meaning with placement spread"),
         ({"port": 65536}, "port is 65536; give an integer from 0 to 65535"),
         ({"device": "gpu"}, "device is 'gpu'; give one of: auto, cuda, cpu"),
+        ({"deterministic": "yes"}, "deterministic is 'yes'; give one of: on, off"),
         ({"dtype": "half"}, "give one of: auto, float32, bfloat16, float16"),
         ({"transport": "local"}, "transport local joins one rank only and gpus is 10"),
         ({"max_num_seqs": 600}, "max_num_batched_tokens (512) is below max_num_seqs (600)"),

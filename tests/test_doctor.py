@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from lightmoe.doctor import Finding, diagnose, exit_code, judge, render
+from lightmoe.doctor import Finding, diagnose, exit_code, judge, look_at_kernels, render
 from lightmoe.machine import Driver, Gpu, Machine, Torch
 
 GIB = 1 << 30
-TURING = Gpu(name="RTX 2080 Ti", compute_capability=(7, 5), memory_bytes=11 * GIB)
+TURING = Gpu(
+    name="RTX 2080 Ti", compute_capability=(7, 5), memory_bytes=11 * GIB, free_bytes=11 * GIB
+)
 LAPTOP = Machine(
     python=(3, 11),
     num_cores=4,
@@ -123,11 +127,49 @@ def test_cupy_must_fit_torch(cupy: tuple[str, ...], status: str, remedy: str) ->
 
 
 def test_every_card_is_named_and_old_ones_are_refused() -> None:
-    pascal = Gpu(name="GTX 1080", compute_capability=(6, 1), memory_bytes=8 * GIB)
+    pascal = Gpu(
+        name="GTX 1080", compute_capability=(6, 1), memory_bytes=8 * GIB, free_bytes=8 * GIB
+    )
     machine = replace(BOX, driver=Driver(version="535.1", gpus=(TURING, pascal)))
     assert finding("GPU 0", machine).what == "RTX 2080 Ti, sm_75, 11.0 GiB"
     assert finding("GPU 1", machine).status == "warn"
     assert "--device cpu" in finding("GPU 1", machine).remedy
+
+
+def write_manifest(folder: Path, *architectures: str, abi: int = 1) -> None:
+    content = {"abi": abi, "architectures": {name: [] for name in architectures}}
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("machine", "built", "status", "what", "remedy"),
+    [
+        (LAPTOP, (), "ok", "liblight_ops is not built (for GPUs)", ""),
+        (BOX, (), "warn", "liblight_ops is not built", "make kernels"),
+        (LAPTOP, ("75",), "ok", "liblight_ops for sm_75 in FOLDER; driver none", ""),
+        (BOX, ("75", "90"), "ok", "liblight_ops for sm_75, sm_90 in FOLDER; driver 535.183.01", ""),
+        (BOX, ("90",), "warn", "liblight_ops for sm_90 in FOLDER", "make kernels ARCHS=75"),
+    ],
+)
+def test_kernels_must_fit_the_cards(
+    tmp_path: Path, machine: Machine, built: tuple[str, ...], status: str, what: str, remedy: str
+) -> None:
+    if built:
+        write_manifest(tmp_path, *built)
+    found = look_at_kernels(machine, tmp_path)
+    assert (found.status, found.remedy) == (status, remedy)
+    assert found.what == what.replace("FOLDER", str(tmp_path))
+
+
+def test_kernels_of_another_version_warn(tmp_path: Path) -> None:
+    write_manifest(tmp_path, "75", abi=0)
+    found = look_at_kernels(BOX, tmp_path)
+    assert (found.status, found.remedy) == ("warn", "make kernels")
+    assert "ABI 0" in found.what
+
+
+def test_kernels_are_not_looked_at_without_torch(tmp_path: Path) -> None:
+    assert look_at_kernels(replace(BOX, torch=Torch()), tmp_path).status == "ok"
 
 
 def test_a_running_cluster_is_named() -> None:
@@ -152,4 +194,4 @@ def test_render_ends_in_the_verdict(machine: Machine, verdict: str) -> None:
 
 def test_diagnose_this_machine() -> None:
     subjects = [finding.subject for finding in diagnose(port=0, num_ranks=1)]
-    assert {"Python", "RAM", "torch", "ray", "port 0", "loopback"} <= set(subjects)
+    assert {"Python", "RAM", "torch", "ray", "port 0", "loopback", "kernels"} <= set(subjects)

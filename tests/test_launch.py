@@ -14,7 +14,8 @@ import torch
 from lightmoe import launch
 from lightmoe.config import LaunchConfig
 from lightmoe.errors import CheckpointError, LightMoEError, MachineError, UsageError
-from lightmoe.launch import listen, resolve, start_engine
+from lightmoe.kernels import choice, library
+from lightmoe.launch import Resolved, listen, resolve, start_engine
 from lightmoe.machine import Driver, Gpu
 from tests.models.folders import write_config, write_model
 
@@ -23,11 +24,19 @@ NO_GPU = Driver()
 BROKEN = Driver(error="Driver/library version mismatch")
 TURING = Driver(
     version="535.183.01",
-    gpus=(Gpu(name="RTX 2080 Ti", compute_capability=(7, 5), memory_bytes=11 * GIB),) * 10,
+    gpus=(
+        Gpu(
+            name="RTX 2080 Ti",
+            compute_capability=(7, 5),
+            memory_bytes=11 * GIB,
+            free_bytes=11 * GIB,
+        ),
+    )
+    * 10,
 )
 H100 = Driver(
     version="580.65.06",
-    gpus=(Gpu(name="H100", compute_capability=(9, 0), memory_bytes=80 * GIB),),
+    gpus=(Gpu(name="H100", compute_capability=(9, 0), memory_bytes=80 * GIB, free_bytes=80 * GIB),),
 )
 
 
@@ -99,6 +108,86 @@ def test_a_torch_that_cannot_use_the_card_is_said(monkeypatch: pytest.MonkeyPatc
     assert "cannot use the GPU under driver 580" in resolve(config(), H100).reason
     with pytest.raises(MachineError, match=r"--device cuda: torch .* under driver 580"):
         resolve(config(device="cuda"), H100)
+
+
+def built(folder: Path, *architectures: str) -> Path:
+    """A folder as `make kernels` leaves it, as far as the manifest goes."""
+    kernels = {name: [{"name": "grouped_gemm"}] for name in architectures}
+    content = {"abi": library.ABI, "architectures": kernels}
+    (folder / "manifest.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "driver", "said"),
+    [
+        ("cpu", "float32", NO_GPU, "reference (the CPU)"),
+        ("cpu", "bfloat16", H100, "reference (the CPU)"),
+        ("cuda", "float32", H100, "reference (float32)"),
+        ("cuda", "bfloat16", H100, "liblight_ops sm_90 (bfloat16)"),
+        ("cuda", "float16", TURING, "liblight_ops sm_75 (float16)"),
+    ],
+)
+def test_kernels_follow_from_device_and_dtype(
+    device: str,
+    dtype: str,
+    driver: Driver,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(choice, "FOLDER", built(tmp_path, "75", "75ptx", "90"))
+
+    resolved = Resolved(device=device, dtype=dtype, transport="local", reason="")
+    assert launch.kernels_for(resolved, driver) == said
+
+
+@pytest.mark.parametrize(
+    ("architectures", "driver", "dtype", "said"),
+    [
+        (None, H100, "bfloat16", "bfloat16 on a GPU needs liblight_ops, which is not built in"),
+        (("75", "75ptx", "80"), H100, "bfloat16", "no kernels for sm_90 (built: 75, 75ptx, 80)"),
+        (("80", "90"), TURING, "float16", "no kernels for sm_75 (built: 80, 90)"),
+        ((), TURING, "float16", "no kernels for sm_75 (built: none)"),
+    ],
+)
+@pytest.mark.usefixtures("no_ranks", "torch_with_cuda")
+def test_missing_kernels_are_said_before_anything_starts(
+    architectures: tuple[str, ...] | None,
+    driver: Driver,
+    dtype: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "read_driver", lambda: driver)
+    folder = tmp_path if architectures is None else built(tmp_path, *architectures)
+    monkeypatch.setattr(choice, "FOLDER", folder)
+
+    message = refused({"device": "cuda", "dtype": dtype})
+
+    assert message.startswith("MachineError: ")
+    assert said in message
+    assert "make kernels" in message
+    assert "--dtype float32" in message
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "taken"),
+    [
+        ((9, 0), {"75", "80", "90"}, "90"),
+        ((8, 9), {"80", "86", "90"}, "86"),
+        ((8, 0), {"86", "89"}, None),
+        ((12, 0), {"75", "90", "120"}, "120"),
+        ((9, 0), {"75ptx"}, None),
+    ],
+)
+def test_a_card_runs_the_newest_kernels_of_its_own_generation(
+    capability: tuple[int, int], built: set[str], taken: str | None
+) -> None:
+    kernels = {name: frozenset[str]() for name in built}
+
+    assert choice.nearest_architecture(*capability, kernels) == taken
 
 
 def test_listen_takes_any_free_port() -> None:

@@ -59,7 +59,7 @@ class FakeNvml:
         return [7, 5 + handle]
 
     def nvmlDeviceGetMemoryInfo(self, handle: int) -> object:
-        return type("Memory", (), {"total": (11 + handle) * GIB})
+        return type("Memory", (), {"total": (11 + handle) * GIB, "free": handle * GIB})
 
     def nvmlSystemGetDriverVersion(self) -> str:
         return "535.183.01"
@@ -69,8 +69,8 @@ def test_driver_and_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = FakeNvml()
     monkeypatch.setattr(machine, "pynvml", nvml)
     cards = (
-        Gpu(name="card 0", compute_capability=(7, 5), memory_bytes=11 * GIB),
-        Gpu(name="card 1", compute_capability=(7, 6), memory_bytes=12 * GIB),
+        Gpu(name="card 0", compute_capability=(7, 5), memory_bytes=11 * GIB, free_bytes=0),
+        Gpu(name="card 1", compute_capability=(7, 6), memory_bytes=12 * GIB, free_bytes=GIB),
     )
     driver = read_driver()
     assert driver == Driver(version="535.183.01", gpus=cards)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
@@ -61,6 +63,45 @@ def test_cmake_and_gitignore_name_the_same_models(checkout: Path) -> None:
     ] == []
 
 
+@pytest.fixture
+def wheel_settings(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(checkout / "cute_kernels")
+    return importlib.import_module("wheel_settings")
+
+
+@pytest.mark.parametrize(
+    ("cards", "compiler", "given", "expected"),
+    [
+        ([], "sh", None, ""),
+        (["75"], "sh", None, "75"),
+        (["75", "90"], "sh", None, "75,90"),
+        (["75"], "no-such-compiler", None, ""),
+        (["75"], "sh", "none", ""),
+        ([], "sh", "80,90", "80,90"),
+    ],
+)
+def test_a_wheel_has_kernels_where_there_is_a_card_or_one_asks(
+    wheel_settings: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    cards: list[str],
+    compiler: str,
+    given: str | None,
+    expected: str,
+) -> None:
+    monkeypatch.setattr(wheel_settings.build, "cards", lambda: cards)
+    monkeypatch.setenv("CXX", compiler)
+    settings = {} if given is None else {wheel_settings.ARCHITECTURES: given}
+    complete = wheel_settings.complete(settings)
+    assert complete[wheel_settings.ARCHITECTURES] == expected
+    assert complete.get("wheel.platlib") == ("true" if expected else None)
+    assert complete.get("wheel.py-api") == ("" if expected else None)
+
+
+def test_a_wheel_without_kernels_is_pure(checkout: Path) -> None:
+    settings = tomllib.loads((checkout / "pyproject.toml").read_text())["tool"]["scikit-build"]
+    assert settings["wheel"] == {"py-api": "py3", "platlib": False, "packages": ["lightmoe"]}
+
+
 def test_make_refuses_an_unknown_stack(checkout: Path) -> None:
     done = subprocess.run(
         ["make", "install", "GPU=tpu"], cwd=checkout, capture_output=True, text=True, check=False
@@ -71,5 +112,5 @@ def test_make_refuses_an_unknown_stack(checkout: Path) -> None:
 
 def test_make_help_lists_the_commands(checkout: Path) -> None:
     done = subprocess.run(["make"], cwd=checkout, capture_output=True, text=True, check=True)
-    for command in ("install", "launch", "test", "check", "wheel", "clean"):
+    for command in ("install", "kernels", "launch", "test", "check", "wheel", "clean"):
         assert f"make {command} " in done.stdout

@@ -10,14 +10,33 @@ S slots.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+from lightmoe.kernels.groups import PairGroups
 
 BLOCK_ROWS = 16
 
 
-def matmul(rows: Tensor, weight: Tensor) -> Tensor:
-    """Row-invariant `rows @ weight.T`: [R, D] x [N, D] -> [R, N]."""
+def matmul(
+    rows: Tensor, weight: Tensor, *, swiglu: bool = False, output_float32: bool = False
+) -> Tensor:
+    """Row-invariant `rows @ weight.T`: [R, D] x [N, D] -> [R, N].
+
+    With `swiglu` the weight is gate rows, then as many up rows, and the result is
+    silu(gate) * up [R, N / 2].
+    """
+    product = _product(rows, weight)
+    if swiglu:
+        product = _gated(product)
+    return product.float() if output_float32 else product
+
+
+def _product(rows: Tensor, weight: Tensor) -> Tensor:
     num_rows = rows.shape[0]
     product = rows.new_empty(num_rows, weight.shape[0])
     columns = weight.t()
@@ -70,6 +89,64 @@ def _keep_best_groups(scores: Tensor, num_groups: int, num_groups_per_token: int
     return grouped.masked_fill(left_out[:, :, None], -1.0).flatten(1)
 
 
+def sort_pairs(
+    experts: Tensor, num_experts: int, slots: Tensor, tokens_per_tile: int
+) -> tuple[PairGroups, Tensor, Tensor]:
+    """Pairs of experts [T, K], by expert, then token: groups, pair_row [P], pair_index [T, K].
+
+    Group e holds the pairs of expert e, whose weight is slot `slots`[e]. `pair_row` is each pair's
+    token, `pair_index` where each pair went, both int32.
+    """
+    flat = experts.flatten().long()
+    order = torch.argsort(flat, stable=True)
+    pair_index = torch.empty_like(order, dtype=torch.int32)
+    pair_index[order] = torch.arange(len(order), dtype=torch.int32, device=order.device)
+    counts = torch.bincount(flat, minlength=num_experts)
+    tiles = (counts + tokens_per_tile - 1) // tokens_per_tile
+    group = torch.arange(num_experts, dtype=torch.int32, device=order.device)
+    groups = PairGroups(
+        slots=slots,
+        offsets=_first_of_each(counts),
+        tile_offsets=_first_of_each(tiles),
+        tile_groups=group.repeat_interleave(tiles),
+        tokens_per_tile=tokens_per_tile,
+        num_pairs=len(order),
+    )
+    return groups, (order // experts.shape[1]).int(), pair_index.view_as(experts)
+
+
+def _first_of_each(counts: Tensor) -> Tensor:
+    """0 and the running sums, int32 [len(counts) + 1]."""
+    borders = counts.new_zeros(len(counts) + 1, dtype=torch.int32)
+    torch.cumsum(counts, dim=0, dtype=torch.int32, out=borders[1:])
+    return borders
+
+
+def route_tokens(
+    hidden: Tensor,
+    router_weight: Tensor,
+    num_experts_per_token: int,
+    *,
+    slots: Tensor,
+    tokens_per_tile: int,
+    renormalize: bool,
+    scale: float = 1.0,
+    num_groups: int = 1,
+    num_groups_per_token: int = 1,
+) -> tuple[Tensor, Tensor, PairGroups, Tensor, Tensor]:
+    """topk_gate, then sort_pairs: experts, weights, groups, pair_row, pair_index."""
+    experts, weights = topk_gate(
+        hidden,
+        router_weight,
+        num_experts_per_token,
+        renormalize=renormalize,
+        scale=scale,
+        num_groups=num_groups,
+        num_groups_per_token=num_groups_per_token,
+    )
+    return experts, weights, *sort_pairs(experts, len(router_weight), slots, tokens_per_tile)
+
+
 def permute(rows: Tensor, row_index: Tensor) -> Tensor:
     """Pack rows in the order they are sent: [R, D], [N] -> [N, D]."""
     return rows.index_select(0, row_index)
@@ -78,36 +155,108 @@ def permute(rows: Tensor, row_index: Tensor) -> Tensor:
 def grouped_gemm(
     rows: Tensor,
     weights: Tensor,
-    slots: list[int],
-    pairs_per_slot: list[int],
+    groups: PairGroups,
     row_index: Tensor | None = None,
+    *,
+    swiglu: bool = False,
+    pair_weight: Tensor | None = None,
 ) -> Tensor:
-    """Products of rows sorted by slot with each slot's weight: [R, D] x [S, N, D] -> [P, N].
+    """Products of sorted pairs, each with its group's slot: [R, D] x [S, N, D] -> [P, N].
 
-    `slots` names the slots that have pairs, `pairs_per_slot` says how many each has, in the order
-    of the pairs. `row_index` [P] gathers the row of each pair; without it the rows are the pairs.
+    `row_index` [P] names the row of each pair; without it the rows are the pairs. With `swiglu`
+    the weights are gate rows, then as many up rows, and the result is silu(gate) * up [P, N / 2].
+    `pair_weight` fp32 [P] multiplies a pair's result.
     """
-    num_pairs = sum(pairs_per_slot)
-    product = rows.new_empty(num_pairs, weights.shape[1])
-    begin = 0
-    for slot, count in zip(slots, pairs_per_slot, strict=True):
-        end = begin + count
+    product = rows.new_empty(groups.num_pairs, weights.shape[1])
+    borders = pairwise(groups.offsets.tolist())
+    for slot, (begin, end) in zip(groups.slots.tolist(), borders, strict=True):
         source = rows[begin:end] if row_index is None else permute(rows, row_index[begin:end])
-        product[begin:end] = matmul(source, weights[slot])
-        begin = end
+        product[begin:end] = _product(source, weights[slot])
+    if swiglu:
+        product = _gated(product)
+    if pair_weight is not None:
+        product = (product.float() * pair_weight[:, None]).to(product.dtype)
     return product
+
+
+class QuantizedMatrix(Protocol):
+    """What quant_gemm needs of the packed matrices of S slots (quant.fragments.PackedMatrix)."""
+
+    @property
+    def packed(self) -> Tensor:
+        """Codes uint8 [S, N/16, D/64, 32, 16], for 8 bits [S, N/16, D/64, 2, 32, 16]."""
+
+    @property
+    def scales(self) -> Tensor:
+        """One scale a group of depth, fp16 or bf16 [S, N/16, groups, 16]."""
+
+    @property
+    def zeros(self) -> Tensor | None:
+        """The code of value 0 as a number, shape and dtype of scales; None: the middle code."""
+
+    @property
+    def num_bits(self) -> int:
+        """4 or 8."""
+
+    @property
+    def group_size(self) -> int:
+        """Elements of depth that share a scale: 32, 64 or 128."""
+
+    @property
+    def num_features(self) -> int:
+        """Columns of the product: N, or F with swiglu."""
+
+    @property
+    def depth(self) -> int:
+        """D, the summed dimension."""
+
+    @property
+    def swiglu(self) -> bool:
+        """Whether the rows are F gate rows and F up rows."""
+
+    def dense(self, slot: int) -> Tensor:
+        """One slot's matrix [N, D] in the dtype of scales, gate rows before up rows."""
+
+
+def quant_gemm(
+    rows: Tensor,
+    experts: QuantizedMatrix,
+    groups: PairGroups,
+    row_index: Tensor | None = None,
+    *,
+    pair_weight: Tensor | None = None,
+) -> Tensor:
+    """grouped_gemm with the numbers that the codes stand for: [R, D] -> [P, num_features].
+
+    Gated (silu(gate) * up) where the matrix says swiglu.
+    """
+    if not groups.num_pairs:
+        return rows.new_empty(0, experts.num_features)
+    weights = torch.stack([experts.dense(slot).to(rows.dtype) for slot in groups.slots.tolist()])
+    by_group = replace(groups, slots=torch.arange(len(weights), dtype=torch.int32))
+    return grouped_gemm(
+        rows, weights, by_group, row_index, swiglu=experts.swiglu, pair_weight=pair_weight
+    )
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of the two halves of the last axis: [P, 2F] -> [P, F]."""
+    return _gated(gate_up)
+
+
+def _gated(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
 
 
-def combine(pairs: Tensor, pair_index: Tensor, weights: Tensor) -> Tensor:
-    """Sum of each token's weighted pairs, fp32, ascending k: [P, D], [T, K], [T, K] -> [T, D]."""
+def combine(pairs: Tensor, pair_index: Tensor, weights: Tensor | None) -> Tensor:
+    """Sum of each token's weighted pairs, fp32, ascending k: [P, D], [T, K], [T, K] -> [T, D].
+
+    Without weights the pairs are weighted already.
+    """
     num_tokens, num_experts_per_token = pair_index.shape
     total = torch.zeros(num_tokens, pairs.shape[1], dtype=torch.float32, device=pairs.device)
     for k in range(num_experts_per_token):
-        total += weights[:, k, None] * pairs.index_select(0, pair_index[:, k]).float()
+        pair = pairs.index_select(0, pair_index[:, k]).float()
+        total += pair if weights is None else weights[:, k, None] * pair
     return total.to(pairs.dtype)

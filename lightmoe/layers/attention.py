@@ -3,7 +3,8 @@
 Data parallel: a rank holds the cache of its own sequences only. SDPA runs over one sequence's
 gathered pages, QUERY_ROWS positions at a time, at fixed borders and padded: so the bits of a
 position depend neither on other sequences nor on how a prompt was cut, nor on whether the position
-was decoded or, after a preemption, computed again as part of a prompt.
+was decoded or, after a preemption, computed again as part of a prompt. That is `AttendOneByOne`;
+batched_attention.py has the other way, for GPUs.
 
 Shapes: T tokens on this rank, H heads, N tokens of one sequence in this step, M positions so far.
 """
@@ -11,6 +12,7 @@ Shapes: T tokens on this rank, H heads, N tokens of one sequence in this step, M
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,9 +25,10 @@ QUERY_ROWS = 8
 
 
 class KVCache:
-    """Keys and values of one rank in blocks: [L, blocks, block size, heads, width] each.
+    """Keys and values of one rank in blocks: [L, blocks + 1, block size, heads, width] each.
 
-    The two widths need not be equal; a model that finds its values in the keys has value width 0.
+    The last block is no sequence's and stays zero. The two widths need not be equal; a model that
+    finds its values in the keys has value width 0.
     """
 
     def __init__(
@@ -40,11 +43,24 @@ class KVCache:
         device: torch.device,
     ) -> None:
         assert block_size % QUERY_ROWS == 0, "the last page must hold the padded positions"
-        shape = (num_layers, num_blocks, block_size, num_heads)
+        shape = (num_layers, num_blocks + 1, block_size, num_heads)
         # Pages that no sequence has touched cost no memory on a CPU.
         self.keys = torch.empty(*shape, key_width, dtype=dtype, device=device)
         self.values = torch.empty(*shape, value_width, dtype=dtype, device=device)
+        self.keys[:, -1], self.values[:, -1] = 0, 0
         self.block_size = block_size
+        self.zero_row = num_blocks * block_size
+
+
+class Attend(Protocol):
+    """The queries of a step, each over its own sequence's cache."""
+
+    def __call__(
+        self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None = None
+    ) -> Tensor:
+        """[T, H, width] over one layer's pages [blocks, block size, KV heads, width] each
+        -> [T, H, value width]; scores are multiplied with `scale`, None: 1 / sqrt(width)."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,48 +104,63 @@ class AttentionStep:
     cache: KVCache
     cache_rows: Tensor
     rotary: tuple[Tensor, Tensor]
-    sequences: tuple[SequenceView, ...]
+    attend: Attend
 
 
 class Attention:
-    """Grouped-query attention with rotary positions, and query and key norms where given."""
+    """Grouped-query attention with rotary positions, and query and key norms where given.
+
+    `query_key_value` is one product, [T, D] -> [T, (H + 2 KV heads) x head_dim].
+    """
 
     def __init__(
         self,
         layer: int,
-        query: Linear,
-        key: Linear,
-        value: Linear,
+        query_key_value: Linear,
         output: Linear,
-        head_dim: int,
+        num_heads: int,
+        num_kv_heads: int,
         query_norm: RMSNorm | None = None,
         key_norm: RMSNorm | None = None,
     ) -> None:
         self._layer = layer
-        self._query, self._key, self._value, self._output = query, key, value, output
-        self._head_dim = head_dim
+        self._query_key_value, self._output = query_key_value, output
+        self._num_heads, self._num_kv_heads = num_heads, num_kv_heads
         self._query_norm, self._key_norm = query_norm, key_norm
 
     def __call__(self, hidden: Tensor, step: AttentionStep) -> Tensor:
         """[T, D] -> [T, D]; writes this step's keys and values into the cache."""
-        query = self._query(hidden).unflatten(1, (-1, self._head_dim))  # [T, H, head_dim]
-        key = self._key(hidden).unflatten(1, (-1, self._head_dim))  # [T, KV heads, head_dim]
-        value = self._value(hidden).unflatten(1, (-1, self._head_dim))
+        num_turned = self._num_heads + self._num_kv_heads
+        heads = self._query_key_value(hidden).unflatten(1, (num_turned + self._num_kv_heads, -1))
+        turned, value = heads[:, :num_turned], heads[:, num_turned:]
         if self._query_norm is not None and self._key_norm is not None:
-            query, key = self._query_norm(query), self._key_norm(key)
-        query, key = rotate(query, step.rotary), rotate(key, step.rotary)
+            query, key = turned[:, : self._num_heads], turned[:, self._num_heads :]
+            turned = torch.cat([self._query_norm(query), self._key_norm(key)], dim=1)
+        turned = rotate(turned, step.rotary)  # [T, H + KV heads, head_dim]
+        query, key = turned[:, : self._num_heads], turned[:, self._num_heads :]
         keys, values = step.cache.keys[self._layer], step.cache.values[self._layer]
         keys.flatten(0, 1).index_copy_(0, step.cache_rows, key)
         values.flatten(0, 1).index_copy_(0, step.cache_rows, value)
-        attended = torch.empty_like(query)
-        for sequence in step.sequences:
-            attended[sequence.begin : sequence.end] = attend(
-                query[sequence.begin : sequence.end],
-                gather(keys, sequence),
-                gather(values, sequence),
-                sequence,
-            )
-        return self._output(attended.flatten(1))
+        return self._output(step.attend(query, keys, values).flatten(1))
+
+
+class AttendOneByOne:
+    """Every sequence by itself, in padded groups of QUERY_ROWS positions."""
+
+    def __init__(self, sequences: tuple[SequenceView, ...]) -> None:
+        self._sequences = sequences
+
+    def __call__(
+        self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None = None
+    ) -> Tensor:
+        """As `Attend` says."""
+        parts = []
+        for sequence in self._sequences:
+            past_keys = gather(keys, sequence)
+            past_values = past_keys if values is keys else gather(values, sequence)
+            rows = query[sequence.begin : sequence.end]
+            parts.append(attend(rows, past_keys, past_values, sequence, scale))
+        return torch.cat(parts)
 
 
 def gather(pages: Tensor, sequence: SequenceView) -> Tensor:

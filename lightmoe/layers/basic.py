@@ -1,50 +1,61 @@
-"""Norms, products, the dense MLP and rotary positions. All row-invariant: kernels/reference.py."""
+"""Norms, products and rotary positions. All row-invariant: kernels/reference.py."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import rms_norm
 
 from lightmoe import kernels
 from lightmoe.layers.yarn import Yarn
 
 
 class Linear:
-    """hidden @ weight.T, weight [N, D], no bias."""
+    """hidden @ weight.T, weight [N, D], no bias.
 
-    def __init__(self, weight: Tensor) -> None:
+    With `swiglu` the weight is gate rows, then up rows, and the result silu(gate) * up [T, N / 2].
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        *,
+        swiglu: bool = False,
+        output_float32: bool = False,
+        deterministic: bool = True,
+    ) -> None:
         self._weight = weight
+        self._swiglu = swiglu
+        self._output_float32 = output_float32
+        self._deterministic = deterministic
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[T, D] -> [T, N]."""
-        return kernels.matmul(hidden, self._weight)
+        return kernels.matmul(
+            hidden,
+            self._weight,
+            swiglu=self._swiglu,
+            output_float32=self._output_float32,
+            deterministic=self._deterministic,
+        )
 
 
 class HeadLinear:
     """A product of its own for each head: weights [H, N, D]."""
 
     def __init__(self, weights: Tensor) -> None:
-        self._weights = weights
+        self._weights = weights.contiguous()
         self.num_heads, _, self.input_width = weights.shape
 
     def __call__(self, heads: Tensor) -> Tensor:
         """[T, H, D] -> [T, H, N]."""
-        # Contiguous rows, as in any other product: strides may change the order of sums.
-        by_head = heads.transpose(0, 1).contiguous()
-        products = [kernels.matmul(*pair) for pair in zip(by_head, self._weights, strict=True)]
-        return torch.stack(products, dim=1)
-
-
-class SwiGLU:
-    """down(silu(gate) * up), gate and up [F, D], down [D, F]: dense layers and shared experts."""
-
-    def __init__(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
-        self._gate_up = Linear(torch.cat([gate, up]))
-        self._down = Linear(down)
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """[T, D] -> [T, D]."""
-        return self._down(kernels.swiglu(self._gate_up(hidden)))
+        num_tokens = len(heads)
+        by_head = heads.transpose(0, 1).flatten(0, 1)  # [H x T, D]
+        products = kernels.grouped_gemm(
+            by_head, self._weights, kernels.equal_groups(self._weights, num_tokens)
+        )
+        by_token: Tensor = products.unflatten(0, (self.num_heads, num_tokens)).transpose(0, 1)
+        return by_token
 
 
 class RMSNorm:
@@ -56,6 +67,9 @@ class RMSNorm:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
+        if hidden.is_cuda and hidden.dtype != torch.float32:
+            # One launch in place of eight; the weight is applied before the rounding.
+            return rms_norm(hidden, self._weight.shape, self._weight, self._epsilon)
         wide = hidden.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self._epsilon)
         return self._weight * wide.to(hidden.dtype)
@@ -82,17 +96,18 @@ class Rotary:
         angles = torch.cat([angles, angles], dim=-1)
         self._cos = angles.cos() * scale  # [positions, head_dim]
         self._sin = angles.sin() * scale
+        # `rotate` subtracts the second half of the heads from the first.
+        self._sin[:, : head_dim // 2] *= -1
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin of each token's position, once a step: [T, 1, head_dim] each."""
+        """cos and signed sin of each token's position, once a step: [T, 1, head_dim] each."""
         return self._cos[positions, None].to(dtype), self._sin[positions, None].to(dtype)
 
 
 def rotate(heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Turn queries or keys [T, H, head_dim] by their positions."""
     cos, sin = tables
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cos + torch.cat([-second, first], dim=-1) * sin
+    return heads * cos + heads.roll(heads.shape[-1] // 2, -1) * sin
 
 
 def halves_from_pairs(heads: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightmoe.layers.attention import AttentionStep, attend, gather
+from lightmoe.layers.attention import AttentionStep
 from lightmoe.layers.basic import HeadLinear, Linear, RMSNorm, halves_from_pairs, rotate
 
 
@@ -52,17 +52,9 @@ class LatentAttention:
         cache = step.cache.keys[self._layer]  # [blocks, block size, 1, R + P]
         cache.flatten(0, 2).index_copy_(0, step.cache_rows, self._cache_entries(hidden, step))
         query = self._latent_queries(hidden, step)  # [T, H, R + P]
-        attended = torch.empty_like(query)
-        for sequence in step.sequences:
-            latents = gather(cache, sequence)  # [M padded, 1, R + P]
-            attended[sequence.begin : sequence.end] = attend(
-                query[sequence.begin : sequence.end],
-                latents,
-                # P columns too many cost less than a copy of the rest, and equal widths run fused.
-                latents,
-                sequence,
-                self._score_scale,
-            )
+        # Latents are the values as well. P columns too many cost less than a copy of the rest, and
+        # equal widths run fused.
+        attended = step.attend(query, cache, cache, self._score_scale)
         attended = attended[..., : self._values.input_width]
         return self._output(self._values(attended).flatten(1))
 

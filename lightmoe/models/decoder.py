@@ -7,13 +7,14 @@ and in first layers without experts; all of that is in ModelConfig.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
 from lightmoe.layers.attention import Attention, AttentionStep
-from lightmoe.layers.basic import HeadLinear, Linear, RMSNorm, Rotary, SwiGLU
+from lightmoe.layers.basic import HeadLinear, Linear, RMSNorm, Rotary
 from lightmoe.layers.latent_attention import LatentAttention
 from lightmoe.models.model_config import MLAConfig, ModelConfig
 from lightmoe.models.weights import WeightReader
@@ -25,31 +26,47 @@ from lightmoe.moe.load import LoadCounter
 from lightmoe.quant.packing import ExpertLayout
 
 
-class Decoder:
-    """A causal language model whose experts are spread over `group`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a decoder is made of. With `deterministic` a row's products depend on that row only."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        read: WeightReader,
-        group: ExpertGroup,
-        pool: SlotPool,
-        max_model_len: int,
-    ) -> None:
-        self._embedding = read("model.embed_tokens.weight")
+    config: ModelConfig
+    read: WeightReader
+    group: ExpertGroup
+    pool: SlotPool
+    deterministic: bool = True
+
+    def linear(self, *names: str, swiglu: bool = False) -> Linear:
+        """One product with these weights, one's columns after the other's."""
+        weights = [self.read(name) for name in names]
+        return Linear(
+            weights[0] if len(weights) == 1 else torch.cat(weights),
+            swiglu=swiglu,
+            deterministic=self.deterministic,
+        )
+
+    def norm(self, name: str) -> RMSNorm:
+        """A norm with this weight."""
+        return RMSNorm(self.read(name), self.config.rms_norm_eps)
+
+
+class Decoder:
+    """A causal language model whose experts are spread over the ranks of a group."""
+
+    def __init__(self, parts: Parts, max_model_len: int) -> None:
+        config = parts.config
+        self._embedding = parts.read("model.embed_tokens.weight")
         device = self._embedding.device
         self.load = LoadCounter(len(config.moe_layers), config.num_experts, device)
         self.rotary = Rotary(
             config.rotary_dim, config.rope_theta, max_model_len, device, config.yarn
         )
         self._layers = [
-            DecoderLayer(layer, config, read, group, pool, self.load)
-            for layer in range(config.num_hidden_layers)
+            DecoderLayer(layer, parts, self.load) for layer in range(config.num_hidden_layers)
         ]
-        self._norm = RMSNorm(read("model.norm.weight"), config.rms_norm_eps)
-        self._head = Linear(
-            self._embedding if config.tie_word_embeddings else read("lm_head.weight")
-        )
+        self._norm = parts.norm("model.norm.weight")
+        head = self._embedding if config.tie_word_embeddings else parts.read("lm_head.weight")
+        self._head = Linear(head, deterministic=parts.deterministic, output_float32=True)
 
     def forward(self, token_ids: Tensor, step: AttentionStep) -> Tensor:
         """Token ids [T] -> hidden states after the last norm [T, D]."""
@@ -60,34 +77,23 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, D] -> fp32 [N, vocabulary]."""
-        return self._head(hidden).float()
+        return self._head(hidden)
 
 
 class DecoderLayer:
     """hidden += attention(norm(hidden)); hidden += experts(norm(hidden)), or an MLP for them."""
 
-    def __init__(
-        self,
-        layer: int,
-        config: ModelConfig,
-        read: WeightReader,
-        group: ExpertGroup,
-        pool: SlotPool,
-        load: LoadCounter,
-    ) -> None:
-        prefix = f"model.layers.{layer}."
-        self._input_norm = RMSNorm(read(prefix + "input_layernorm.weight"), config.rms_norm_eps)
-        self._attention = _attention(layer, config, read)
-        self._mlp_norm = RMSNorm(
-            read(prefix + "post_attention_layernorm.weight"), config.rms_norm_eps
-        )
+    def __init__(self, layer: int, parts: Parts, load: LoadCounter) -> None:
+        config, prefix = parts.config, f"model.layers.{layer}."
+        self._input_norm = parts.norm(prefix + "input_layernorm.weight")
+        self._attention = _attention(layer, parts)
+        self._mlp_norm = parts.norm(prefix + "post_attention_layernorm.weight")
         mlp_prefix = f"{prefix}{config.mlp_prefix}."
         self._mlp: Callable[[Tensor], Tensor]
         if layer in config.moe_layers:
-            moe_layer = config.moe_layers.index(layer)
-            self._mlp = _moe(moe_layer, mlp_prefix, config, read, group, pool, load)
+            self._mlp = _moe(config.moe_layers.index(layer), mlp_prefix, parts, load)
         else:
-            self._mlp = _swiglu(mlp_prefix, read)
+            self._mlp = _swiglu(mlp_prefix, parts)
 
     def __call__(self, hidden: Tensor, step: AttentionStep) -> Tensor:
         """[T, D] -> [T, D]. Without tokens here there is no attention, but the experts serve."""
@@ -96,17 +102,9 @@ class DecoderLayer:
         return hidden + self._mlp(self._mlp_norm(hidden))
 
 
-def _moe(
-    layer: int,
-    prefix: str,
-    config: ModelConfig,
-    read: WeightReader,
-    group: ExpertGroup,
-    pool: SlotPool,
-    load: LoadCounter,
-) -> MoELayer:
+def _moe(layer: int, prefix: str, parts: Parts, load: LoadCounter) -> MoELayer:
     """`layer` counts the layers that have experts."""
-    router_weight = read(prefix + "gate.weight")
+    config, router_weight = parts.config, parts.read(prefix + "gate.weight")
     gate = Gate(
         router_weight.float() if config.float32_router else router_weight,
         config.num_experts_per_tok,
@@ -115,33 +113,31 @@ def _moe(
         num_groups=config.num_expert_groups,
         num_groups_per_token=config.num_groups_per_token,
     )
-    shared = _swiglu(prefix + "shared_experts.", read) if config.num_shared_experts else None
-    return MoELayer(layer, gate, load, make_dispatcher(group, layer), Experts(pool), shared)
+    experts = Experts(parts.pool, deterministic=parts.deterministic)
+    dispatcher = make_dispatcher(parts.group, layer, router_weight.device, experts.tokens_per_tile)
+    shared = _swiglu(prefix + "shared_experts.", parts) if config.num_shared_experts else None
+    return MoELayer(layer, gate, load, dispatcher, experts, shared)
 
 
-def _swiglu(prefix: str, read: WeightReader) -> SwiGLU:
-    gate, up, down = (read(f"{prefix}{part}_proj.weight") for part in ("gate", "up", "down"))
-    return SwiGLU(gate, up, down)
+def _swiglu(prefix: str, parts: Parts) -> Callable[[Tensor], Tensor]:
+    """down(silu(gate) * up): dense layers and shared experts."""
+    inner = parts.linear(f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight", swiglu=True)
+    down = parts.linear(f"{prefix}down_proj.weight")
+    return lambda hidden: down(inner(hidden))
 
 
-def _attention(layer: int, config: ModelConfig, read: WeightReader) -> Attention | LatentAttention:
-    prefix = f"model.layers.{layer}.self_attn."
+def _attention(layer: int, parts: Parts) -> Attention | LatentAttention:
+    config, prefix = parts.config, f"model.layers.{layer}.self_attn."
     if config.mla is not None:
-        return _latent_attention(layer, prefix, config, config.mla, read)
-    norms: tuple[RMSNorm, RMSNorm] | tuple[None, None] = (None, None)
-    if config.qk_norm:
-        norms = (
-            RMSNorm(read(prefix + "q_norm.weight"), config.rms_norm_eps),
-            RMSNorm(read(prefix + "k_norm.weight"), config.rms_norm_eps),
-        )
+        return _latent_attention(layer, prefix, parts, config.mla)
+    norms = (prefix + "q_norm.weight", prefix + "k_norm.weight") if config.qk_norm else ()
     return Attention(
         layer,
-        Linear(read(prefix + "q_proj.weight")),
-        Linear(read(prefix + "k_proj.weight")),
-        Linear(read(prefix + "v_proj.weight")),
-        Linear(read(prefix + "o_proj.weight")),
-        config.head_dim,
-        *norms,
+        parts.linear(*(f"{prefix}{part}_proj.weight" for part in "qkv")),
+        parts.linear(prefix + "o_proj.weight"),
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        *(parts.norm(name) for name in norms),
     )
 
 
@@ -149,32 +145,31 @@ _LATENT_EPSILON = 1e-6
 """Of the norms inside latent attention: DeepSeek-V2 does not take rms_norm_eps for these."""
 
 
-def _latent_attention(
-    layer: int, prefix: str, config: ModelConfig, mla: MLAConfig, read: WeightReader
-) -> LatentAttention:
-    expand = read(prefix + "kv_b_proj.weight").unflatten(0, (config.num_attention_heads, -1))
+def _latent_attention(layer: int, prefix: str, parts: Parts, mla: MLAConfig) -> LatentAttention:
+    config = parts.config
+    expand = parts.read(prefix + "kv_b_proj.weight").unflatten(0, (config.num_attention_heads, -1))
     keys, values = expand.split([mla.qk_nope_head_dim, mla.v_head_dim], dim=1)
     score_scale: float = mla.query_dim**-0.5
     if config.yarn is not None:
         score_scale *= config.yarn.score_scale
     return LatentAttention(
         layer,
-        _latent_query(prefix, mla, read),
-        Linear(read(prefix + "kv_a_proj_with_mqa.weight")),
-        RMSNorm(read(prefix + "kv_a_layernorm.weight"), _LATENT_EPSILON),
+        _latent_query(prefix, mla, parts),
+        parts.linear(prefix + "kv_a_proj_with_mqa.weight"),
+        RMSNorm(parts.read(prefix + "kv_a_layernorm.weight"), _LATENT_EPSILON),
         HeadLinear(keys.transpose(1, 2)),
         HeadLinear(values),
-        Linear(read(prefix + "o_proj.weight")),
+        parts.linear(prefix + "o_proj.weight"),
         score_scale,
     )
 
 
-def _latent_query(prefix: str, mla: MLAConfig, read: WeightReader) -> Callable[[Tensor], Tensor]:
+def _latent_query(prefix: str, mla: MLAConfig, parts: Parts) -> Callable[[Tensor], Tensor]:
     if mla.q_lora_rank is None:
-        return Linear(read(prefix + "q_proj.weight"))
-    compress = Linear(read(prefix + "q_a_proj.weight"))
-    norm = RMSNorm(read(prefix + "q_a_layernorm.weight"), _LATENT_EPSILON)
-    expand = Linear(read(prefix + "q_b_proj.weight"))
+        return parts.linear(prefix + "q_proj.weight")
+    compress = parts.linear(prefix + "q_a_proj.weight")
+    norm = RMSNorm(parts.read(prefix + "q_a_layernorm.weight"), _LATENT_EPSILON)
+    expand = parts.linear(prefix + "q_b_proj.weight")
     return lambda hidden: expand(norm(compress(hidden)))
 
 

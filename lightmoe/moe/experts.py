@@ -26,15 +26,36 @@ class SlotPool:
 
 
 class Experts:
-    """SwiGLU experts over rows sorted by slot."""
+    """SwiGLU experts over pairs sorted by slot."""
 
-    def __init__(self, pool: SlotPool) -> None:
+    def __init__(self, pool: SlotPool, *, deterministic: bool = True) -> None:
         self._pool = pool
+        self._deterministic = deterministic
+
+    def tokens_per_tile(self, num_pairs: int, num_groups: int) -> int:
+        """How many pairs a tile of both products has."""
+        return kernels.tokens_per_tile(
+            self._pool.gate_up,
+            num_pairs,
+            num_groups,
+            swiglu=True,
+            deterministic=self._deterministic,
+        )
 
     def __call__(self, rows: Tensor, receipt: Receipt) -> Tensor:
         """The product of every pair: [R, D] -> [P, D], in the receipt's order."""
-        slots, pairs_per_slot = receipt.slots, receipt.pairs_per_slot
-        gate_up = kernels.grouped_gemm(
-            rows, self._pool.gate_up, slots, pairs_per_slot, receipt.pair_row
+        inner = kernels.grouped_gemm(
+            rows,
+            self._pool.gate_up,
+            receipt.groups,
+            receipt.pair_row,
+            swiglu=True,
+            deterministic=self._deterministic,
+        )  # [P, F]
+        return kernels.grouped_gemm(
+            inner,
+            self._pool.down,
+            receipt.groups,
+            pair_weight=receipt.pair_weight,
+            deterministic=self._deterministic,
         )
-        return kernels.grouped_gemm(kernels.swiglu(gate_up), self._pool.down, slots, pairs_per_slot)

@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from lightmoe import kernels
+from lightmoe.kernels import PairGroups
+
+
+@dataclass(frozen=True, slots=True)
+class SortedPairs:
+    """The pairs of a choice where all of them stay here.
+
+    groups: one an expert; pair_row int32 [P] the token of each sorted pair; pair_index int32 [T, K]
+    where each pair went.
+    """
+
+    groups: PairGroups
+    pair_row: Tensor
+    pair_index: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PairSort:
+    """How to sort: the slot of each expert, int32 [E], and how many pairs make a tile of P."""
+
+    slots: Tensor
+    tokens_per_tile: Callable[[int], int]
+
+    def __call__(self, experts: Tensor) -> SortedPairs:
+        """Sort the pairs of experts [T, K]."""
+        tokens = self.tokens_per_tile(experts.numel())
+        return SortedPairs(*kernels.sort_pairs(experts, len(self.slots), self.slots, tokens))
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """experts int64 [T, K], best first; weights fp32 [T, K]."""
+    """experts [T, K], best first; weights fp32 [T, K]; the pairs where the gate has sorted them."""
 
     experts: Tensor
     weights: Tensor
+    pairs: SortedPairs | None = None
 
 
 class Gate:
@@ -30,22 +60,25 @@ class Gate:
         num_groups: int = 1,
         num_groups_per_token: int = 1,
     ) -> None:
-        self._router_weight = router_weight
-        self._num_experts_per_token = num_experts_per_token
-        self._renormalize = renormalize
-        self._scale = scale
-        self._num_groups = num_groups
-        self._num_groups_per_token = num_groups_per_token
+        self.router_weight = router_weight
+        self.how: dict[str, Any] = {
+            "num_experts_per_token": num_experts_per_token,
+            "renormalize": renormalize,
+            "scale": scale,
+            "num_groups": num_groups,
+            "num_groups_per_token": num_groups_per_token,
+        }
 
-    def __call__(self, hidden: Tensor) -> Choice:
-        """[T, D] -> the choice of each token."""
-        experts, weights = kernels.topk_gate(
+    def __call__(self, hidden: Tensor, sort: PairSort | None = None) -> Choice:
+        """[T, D] -> the choice of each token; with `sort` also the sorted pairs, in one launch."""
+        if sort is None:
+            return Choice(*kernels.topk_gate(hidden, self.router_weight, **self.how))
+        num_pairs = len(hidden) * self.how["num_experts_per_token"]
+        experts, weights, groups, pair_row, pair_index = kernels.route_tokens(
             hidden,
-            self._router_weight,
-            self._num_experts_per_token,
-            renormalize=self._renormalize,
-            scale=self._scale,
-            num_groups=self._num_groups,
-            num_groups_per_token=self._num_groups_per_token,
+            self.router_weight,
+            slots=sort.slots,
+            tokens_per_tile=sort.tokens_per_tile(num_pairs),
+            **self.how,
         )
-        return Choice(experts, weights)
+        return Choice(experts, weights, SortedPairs(groups, pair_row, pair_index))

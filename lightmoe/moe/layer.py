@@ -43,13 +43,15 @@ class MoELayer:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
-        choice = self.gate(hidden)  # experts [T, K], weights [T, K]
+        sort = self.dispatcher.pair_sort if self.num_chunks == 1 else None
+        choice = self.gate(hidden, sort)  # experts [T, K], weights [T, K]
         self.load.add(self.layer, choice)
-        output = torch.empty_like(hidden)
+        parts = []
         for receipt in self.dispatcher.route(choice, self.num_chunks):
             rows = self.dispatcher.dispatch(hidden, receipt)  # [R, D]
             pairs = self.experts(rows, receipt)  # [P, D]
-            output[receipt.tokens] = self.dispatcher.combine(pairs, choice.weights, receipt)
+            parts.append(self.dispatcher.combine(pairs, choice.weights, receipt))
+        output = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.shared_expert is not None:
             output += self.shared_expert(hidden)
         return output

@@ -15,15 +15,17 @@ class LoadCounter:
     """
 
     def __init__(self, num_layers: int, num_experts: int, device: torch.device) -> None:
-        self._counts = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
+        self._counts = torch.zeros(num_layers, num_experts, dtype=torch.int32, device=device)
+        self._one = torch.ones(1, dtype=torch.int32, device=device)
 
     def add(self, layer: int, choice: Choice) -> None:
         """Add one layer's choice."""
         experts = choice.experts.flatten()
-        self._counts[layer] += torch.bincount(experts, minlength=self._counts.shape[1])
+        # Not bincount, which waits for a GPU.
+        self._counts[layer].index_add_(0, experts, self._one.expand(len(experts)))
 
     def take(self) -> np.ndarray:
         """The counts int32 [L, E] since the last call, which starts the next window."""
-        counts = self._counts.to(torch.int32).cpu().numpy().copy()
+        counts = self._counts.cpu().numpy().copy()
         self._counts.zero_()
         return counts

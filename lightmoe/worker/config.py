@@ -28,4 +28,5 @@ class WorkerConfig:
     num_kv_blocks: int
     num_threads: int
     seed: int
+    deterministic: bool = True
     timeout_seconds: float = 60.0

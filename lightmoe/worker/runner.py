@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from lightmoe.core import Batch, SampledToken, SequenceStep, StepResult
-from lightmoe.layers.attention import AttentionStep, KVCache, SequenceView, view_sequence
+from lightmoe.core import Batch, SampledToken, SamplingStep, StepResult
+from lightmoe.layers.attention import KVCache
+from lightmoe.layers.batched_attention import one_kernel
 from lightmoe.models.decoder import Decoder
 from lightmoe.moe.dispatch import ExpertGroup
+from lightmoe.worker.device_sampler import sample_rows, stays_on_device
+from lightmoe.worker.inputs import step_inputs
 from lightmoe.worker.sampler import sample
 
 
@@ -22,7 +24,6 @@ class Runner:
         self._decoder = decoder
         self._group = group
         self._cache = cache
-        self._device = cache.keys.device
 
     def step(self, batch: Batch) -> StepResult:
         """Run the batch; a rank without sequences serves its experts with zero rows."""
@@ -30,12 +31,14 @@ class Runner:
         if not sum(batch.tokens_per_rank):
             return self._result(batch, (), started)
         self._group.tokens_per_rank = batch.tokens_per_rank
-        token_ids = [token for sequence in batch.sequences for token in sequence.token_ids]
-        attention = self._attention_step(batch.sequences)
-        hidden = self._decoder.forward(self._tensor(token_ids), attention)
-        return self._result(
-            batch, self._sample(batch.sequences, attention.sequences, hidden), started
-        )
+        inputs = step_inputs(batch.sequences, self._cache, self._decoder.rotary)
+        with one_kernel(self._cache):
+            hidden = self._decoder.forward(inputs.token_ids, inputs.attention)
+        tokens: tuple[SampledToken, ...] = ()
+        if inputs.sampled:
+            logits = self._decoder.logits(hidden.index_select(0, inputs.last_rows))
+            tokens = choose(logits, inputs.sampled)
+        return self._result(batch, tokens, started)
 
     def _result(self, batch: Batch, tokens: tuple[SampledToken, ...], started: float) -> StepResult:
         layer_pairs = self._group.layer_pairs.astype(np.int32)
@@ -49,42 +52,26 @@ class Runner:
             seconds=time.perf_counter() - started,
         )
 
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
 
-    def _attention_step(self, sequences: tuple[SequenceStep, ...]) -> AttentionStep:
-        block_size = self._cache.block_size
-        cache_rows: list[int] = []
-        positions: list[int] = []
-        views: list[SequenceView] = []
-        begin = 0
-        for sequence in sequences:
-            end, seen = begin + len(sequence.token_ids), sequence.start + len(sequence.token_ids)
-            for position in range(sequence.start, seen):
-                positions.append(position)
-                block = sequence.block_table[position // block_size]
-                cache_rows.append(block * block_size + position % block_size)
-            blocks = self._tensor(list(sequence.block_table))
-            views.append(view_sequence(begin, end, seen, blocks, self._cache.keys.dtype))
-            begin = end
-        tables = self._decoder.rotary.tables(self._tensor(positions), self._cache.keys.dtype)
-        return AttentionStep(self._cache, self._tensor(cache_rows), tables, tuple(views))
-
-    def _sample(
-        self, sequences: tuple[SequenceStep, ...], views: tuple[SequenceView, ...], hidden: Tensor
-    ) -> tuple[SampledToken, ...]:
-        """A token for every sequence whose prompt is finished."""
-        chosen = [
-            (sequence.sequence_id, sequence.sampling, view.end - 1)
-            for sequence, view in zip(sequences, views, strict=True)
-            if sequence.sampling is not None
-        ]
-        if not chosen:
-            return ()
-        last = hidden.index_select(0, self._tensor([row for _, _, row in chosen]))
-        logits = self._decoder.logits(last).cpu().numpy()
+def choose(
+    logits: Tensor, sampled: tuple[tuple[int, SamplingStep], ...]
+) -> tuple[SampledToken, ...]:
+    """A token for each row of logits [B, V]: on a GPU there, unless a request asks for more."""
+    there = [logits.is_cuda and stays_on_device(step) for _, step in sampled]
+    if any(there) and not all(there):
+        parts = [[row for row, on_gpu in enumerate(there) if on_gpu == which] for which in (0, 1)]
         return tuple(
-            sample(sequence_id, row, sampling)
-            for (sequence_id, sampling, _), row in zip(chosen, logits, strict=True)
-            if sampling is not None
+            token
+            for rows in parts
+            for token in choose(logits[rows], tuple(sampled[row] for row in rows))
         )
+    if all(there):
+        token_ids = sample_rows(logits, [step for _, step in sampled])
+        return tuple(
+            SampledToken(sequence_id, token)
+            for (sequence_id, _), token in zip(sampled, token_ids, strict=True)
+        )
+    return tuple(
+        sample(sequence_id, row, step)
+        for (sequence_id, step), row in zip(sampled, logits.cpu().numpy(), strict=True)
+    )

@@ -28,6 +28,12 @@ def sample(sequence_id: int, logits: np.ndarray, step: SamplingStep) -> SampledT
     return SampledToken(sequence_id, token, float(logprobs[token]), top)
 
 
+def uniform(step: SamplingStep) -> float:
+    """The random number of this step, 0 <= number < 1."""
+    key = np.array([step.seed, step.position], dtype=np.int64).view(np.uint64)
+    return float(np.random.Generator(np.random.Philox(key=key)).random())
+
+
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits.astype(np.float64) - logits.max()
     logprobs: np.ndarray = shifted - np.log(np.exp(shifted).sum())
@@ -64,6 +70,5 @@ def _draw(logits: np.ndarray, step: SamplingStep) -> int:
         kept = kept[mass_before < step.top_p * kept.sum()]
     if step.min_p > 0.0:
         kept = kept[kept >= step.min_p * kept[0]]
-    key = np.array([step.seed, step.position], dtype=np.int64).view(np.uint64)
-    point = np.random.Generator(np.random.Philox(key=key)).random() * kept.sum()
+    point = uniform(step) * kept.sum()
     return int(order[min(int(np.searchsorted(kept.cumsum(), point, side="right")), len(kept) - 1)])

@@ -10,9 +10,11 @@ import torch
 
 from lightmoe.core import Batch, RankInfo, StepResult
 from lightmoe.distributed.communicator import Communicator
+from lightmoe.kernels.checks import HALF_DTYPES
+from lightmoe.kernels.library import library
 from lightmoe.layers.attention import KVCache
 from lightmoe.models.checkpoint import read_index
-from lightmoe.models.decoder import Decoder, load_experts
+from lightmoe.models.decoder import Decoder, Parts, load_experts
 from lightmoe.models.weights import DummyReader, SafetensorsReader, WeightReader
 from lightmoe.moe.dispatch import ExpertGroup
 from lightmoe.worker.config import BLOCK_SIZE, WorkerConfig
@@ -44,6 +46,8 @@ class Worker:
         """Read what this rank hosts, make its cache, and say what it has."""
         config = self._config
         dtype, device = getattr(torch, config.dtype), torch.device(config.device)
+        if device.type == "cuda" and dtype in HALF_DTYPES:
+            library().architecture_of(device)  # its errors before minutes of loading
         model = config.model
         group = ExpertGroup(
             rank=self.rank,
@@ -51,6 +55,7 @@ class Worker:
             communicator=self._communicator,
             route=config.route,
             layer_pairs=np.zeros(len(model.moe_layers), dtype=np.int64),
+            deterministic=config.deterministic,
         )
         read: WeightReader
         if config.load_format == "dummy":
@@ -58,7 +63,10 @@ class Worker:
         else:
             read = SafetensorsReader(read_index(config.folder), dtype, device)
         pool = load_experts(model, read, group, dtype, device)
-        decoder = Decoder(model, read, group, pool, config.max_model_len)
+        parts = Parts(
+            config=model, read=read, group=group, pool=pool, deterministic=config.deterministic
+        )
+        decoder = Decoder(parts, config.max_model_len)
         cache = KVCache(
             model.num_hidden_layers,
             config.num_kv_blocks,

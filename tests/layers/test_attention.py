@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightmoe.layers.attention import (
     QUERY_ROWS,
+    AttendOneByOne,
     Attention,
     AttentionStep,
     KVCache,
@@ -33,16 +34,18 @@ class Bench:
         self.rotary = Rotary(HEAD_DIM, 10000.0, 64, CPU)
         self.attention = Attention(
             0,
-            *(Linear(weight) for weight in (self.query, self.key, self.value, self.output)),
-            HEAD_DIM,
+            Linear(torch.cat([self.query, self.key, self.value])),
+            Linear(self.output),
+            NUM_HEADS,
+            NUM_KV_HEADS,
             *(self.norms if qk_norm else ()),
         )
         self.cache = KVCache(
             1, 20, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM, HEAD_DIM, torch.float32, CPU
         )
         # Blocks that hold anything else than what was written must not be seen.
-        self.cache.keys.fill_(float("nan"))
-        self.cache.values.fill_(float("nan"))
+        self.cache.keys[:, :-1] = float("nan")
+        self.cache.values[:, :-1] = float("nan")
 
     def run(self, parts: list[tuple[Tensor, int, list[int]]]) -> list[Tensor]:
         """One step over (hidden, first position, block table) of each sequence."""
@@ -57,7 +60,8 @@ class Bench:
             views.append(view_sequence(begin, end, seen, torch.tensor(blocks), torch.float32))
             begin = end
         tables = self.rotary.tables(torch.tensor(positions), torch.float32)
-        step = AttentionStep(self.cache, torch.tensor(rows), tables, tuple(views))
+        attend = AttendOneByOne(tuple(views))
+        step = AttentionStep(self.cache, torch.tensor(rows), tables, attend)
         output = self.attention(torch.cat([hidden for hidden, _, _ in parts]), step)
         return list(output.split([len(hidden) for hidden, _, _ in parts]))
 

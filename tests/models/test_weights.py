@@ -11,7 +11,7 @@ import torch
 from lightmoe.errors import CheckpointError
 from lightmoe.models.checkpoint import read_index
 from lightmoe.models.config import read_config
-from lightmoe.models.decoder import Decoder, load_experts
+from lightmoe.models.decoder import Decoder, Parts, load_experts
 from lightmoe.models.weights import DummyReader, SafetensorsReader
 from lightmoe.moe.dispatch import ExpertGroup
 from lightmoe.moe.placement import initial_placement
@@ -29,7 +29,8 @@ def read_as_rank(folder: Path, rank: int, num_ranks: int) -> SafetensorsReader:
     group = ExpertGroup(rank, placement, None, "waterfill", np.zeros(config.num_hidden_layers))
     reader = SafetensorsReader(read_index(folder), torch.float32, CPU)
     pool = load_experts(config, reader, group, torch.float32, CPU)
-    Decoder(config, reader, group, pool, max_model_len=32)
+    parts = Parts(config=config, read=reader, group=group, pool=pool)
+    Decoder(parts, max_model_len=32)
     tensors = random_tensors(folder)
     for layer, expert, slot in placement.hosted(rank):
         gate, up, down = (tensors[config.expert_tensor(layer, expert, part)] for part in range(3))

@@ -106,6 +106,7 @@ class LayerWeights:
         route: str,
         num_chunks: int,
         tokens_per_rank: tuple[int, ...],
+        deterministic: bool = True,
     ) -> tuple[MoELayer, ExpertGroup]:
         """The layer as one rank has it: its slots filled, its dispatcher joined."""
         group = ExpertGroup(
@@ -115,18 +116,20 @@ class LayerWeights:
             route=route,
             layer_pairs=np.zeros(1, dtype=np.int64),
             tokens_per_rank=tokens_per_rank,
+            deterministic=deterministic,
         )
         num_experts, expert_width, width = self.gates.shape
         layout, device = ExpertLayout(width, expert_width), torch.device("cpu")
         pool = SlotPool(placement.num_slots(rank), layout, torch.float32, device)
         for _, expert, slot in placement.hosted(rank):
             layout.write(pool.blobs[slot], self.gates[expert], self.ups[expert], self.downs[expert])
+        experts = Experts(pool, deterministic=deterministic)
         layer = MoELayer(
             0,
             Gate(self.router, self.num_per_token, renormalize=True),
             LoadCounter(1, num_experts, device),
-            make_dispatcher(group, 0),
-            Experts(pool),
+            make_dispatcher(group, 0, device, experts.tokens_per_tile),
+            experts,
             num_chunks=num_chunks,
         )
         return layer, group

@@ -20,6 +20,7 @@ from tests.moe.cases import placement_of, random_copies, zipf_choice
 from tests.ranks import RankThreadsCache
 
 WIDTH = 5
+TOKENS_PER_TILE = 4
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def on_every_rank(ranks: RankThreadsCache, case: Case, task: object) -> list[obj
             tokens_per_rank=case.tokens_per_rank,
         )
         experts = torch.from_numpy(case.experts[case.of_rank(rank)].copy())
-        return task(make_dispatcher(group, 0), group, Choice(experts, halves(experts)))
+        dispatcher = make_dispatcher(group, 0, torch.device("cpu"), lambda *_: TOKENS_PER_TILE)
+        return task(dispatcher, group, Choice(experts, halves(experts)))
 
     if case.num_ranks == 1:
         return [run(None, 0)]
@@ -151,8 +153,10 @@ def test_every_pair_is_computed_once_by_a_holder_of_its_expert(
         for receipt in dispatcher.route(choice, case.num_chunks):
             rows = dispatcher.dispatch(numbered[case.of_rank(group.rank)], receipt)
             rows_here += rows[:, 0].int().tolist()
-            slots = np.repeat(receipt.slots, receipt.pairs_per_slot).tolist()
-            assert receipt.slots == sorted(set(receipt.slots))
+            groups = receipt.groups
+            assert len(set(groups.slots.tolist())) == len(groups.slots)
+            assert groups.num_pairs == len(receipt.pair_row)
+            slots = groups.slots.repeat_interleave(groups.offsets.diff()).tolist()
             for row, slot in zip(receipt.pair_row.tolist(), slots, strict=True):
                 met.append((int(rows[row, 0]), expert_of_slot[group.rank, slot]))
             dispatcher.combine(rows[receipt.pair_row], choice.weights, receipt)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch.nn.functional import silu
 
+from lightmoe.kernels import PairGroups
 from lightmoe.moe.dispatch import Receipt
 from lightmoe.moe.experts import Experts, SlotPool
 from lightmoe.moe.gate import Choice, Gate
@@ -56,8 +57,7 @@ def test_experts_compute_every_pair_with_its_slots_weights() -> None:
     receipt = Receipt(
         tokens=slice(0, 5),
         pair_row=torch.tensor(pair_row),
-        slots=[0, 2, 3],
-        pairs_per_slot=[2, 3, 1],
+        groups=PairGroups.from_counts([0, 2, 3], [2, 3, 1]),
         pair_index=torch.empty(0),
     )
 

@@ -156,3 +156,31 @@ def test_a_shared_expert_is_added_to_what_the_others_say(ranks: RankThreadsCache
     layer.shared_expert = lambda rows: 2.0 * rows
 
     assert torch.equal(layer(hidden), without + 2.0 * hidden)
+
+
+def test_without_determinism_the_experts_apply_the_weights(ranks: RankThreadsCache) -> None:
+    weights = LayerWeights.random(13, *SIZES[0])
+    hidden = torch.randn(NUM_TOKENS, SIZES[0][2], generator=torch.Generator().manual_seed(14))
+    layers = [
+        weights.on_rank(
+            0,
+            initial_placement(1, SIZES[0][0], 1),
+            None,
+            route="none",
+            num_chunks=num_chunks,
+            tokens_per_rank=(NUM_TOKENS,),
+            deterministic=deterministic,
+        )[0]
+        for deterministic, num_chunks in ((True, 1), (False, 1), (False, 3))
+    ]
+
+    wanted, *found = (layer(hidden) for layer in layers)
+
+    for output in found:
+        torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-6)
+    (receipt,) = layers[1].dispatcher.route(
+        layers[1].gate(hidden, layers[1].dispatcher.pair_sort), 1
+    )
+    assert receipt.pair_weight is not None
+    choice = layers[1].gate(hidden)
+    assert torch.equal(receipt.pair_weight[receipt.pair_index.long()], choice.weights)

@@ -4,7 +4,9 @@
 which one it has.
 """
 
-from lightmoe.moe.dispatch.base import Dispatcher, ExpertGroup, Receipt
+import torch
+
+from lightmoe.moe.dispatch.base import Dispatcher, ExpertGroup, Receipt, TokensPerTile
 from lightmoe.moe.dispatch.gloo import GlooDispatcher
 from lightmoe.moe.dispatch.local import LocalDispatcher
 
@@ -18,8 +20,10 @@ __all__ = [
 ]
 
 
-def make_dispatcher(group: ExpertGroup, layer: int) -> Dispatcher:
+def make_dispatcher(
+    group: ExpertGroup, layer: int, device: torch.device, tokens_per_tile: TokensPerTile
+) -> Dispatcher:
     """The dispatcher of one layer: `local` without a communicator, else `gloo`."""
     if group.communicator is None:
-        return LocalDispatcher(group, layer)
+        return LocalDispatcher(group, layer, device, tokens_per_tile)
     return GlooDispatcher(group, layer, group.communicator)

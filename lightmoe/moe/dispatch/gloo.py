@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lightmoe import kernels
 from lightmoe.distributed.communicator import Communicator
+from lightmoe.kernels import PairGroups
 from lightmoe.moe.dispatch.base import ExpertGroup, Receipt, chunk_of
-from lightmoe.moe.gate import Choice
+from lightmoe.moe.gate import Choice, PairSort
 from lightmoe.moe.route import pair_ranks
 
 
@@ -23,6 +24,7 @@ class GlooDispatcher:
     """The transport of many ranks without GPUs."""
 
     def __init__(self, group: ExpertGroup, layer: int, communicator: Communicator) -> None:
+        self.pair_sort: PairSort | None = None  # where pairs go is known after the exchange
         self._group = group
         self._layer = layer
         self._communicator = communicator
@@ -76,8 +78,7 @@ class GlooDispatcher:
         return Receipt(
             tokens=spans[rank],
             pair_row=torch.from_numpy(row_of_token[token_here][by_slot]),
-            slots=slots.tolist(),
-            pairs_per_slot=pairs_per_slot.tolist(),
+            groups=PairGroups.from_counts(slots.tolist(), pairs_per_slot.tolist()),
             pair_index=torch.from_numpy(pair_index.reshape(mine.shape)),
             send_row=torch.from_numpy(send_token + spans[rank].start),
             rows_sent=goes.sum(axis=1).tolist(),

@@ -1,4 +1,4 @@
-"""One rank holds every expert: nothing travels, pairs are only sorted by slot."""
+"""One rank holds every expert: nothing travels, pairs are only sorted by expert."""
 
 from __future__ import annotations
 
@@ -6,38 +6,50 @@ import torch
 from torch import Tensor
 
 from lightmoe import kernels
-from lightmoe.moe.dispatch.base import ExpertGroup, Receipt, chunk_of
-from lightmoe.moe.gate import Choice
+from lightmoe.moe.dispatch.base import ExpertGroup, Receipt, TokensPerTile, chunk_of
+from lightmoe.moe.gate import Choice, PairSort, SortedPairs
 
 
 class LocalDispatcher:
-    """The transport of a single rank, on any device."""
+    """The transport of a single rank, on any device. It never waits for one."""
 
-    def __init__(self, group: ExpertGroup, layer: int) -> None:
+    def __init__(
+        self,
+        group: ExpertGroup,
+        layer: int,
+        device: torch.device,
+        tokens_per_tile: TokensPerTile,
+    ) -> None:
         self._group = group
         self._layer = layer
-        self._slot_table = torch.from_numpy(group.placement.slot_table[layer, :, group.rank]).long()
+        slots = torch.from_numpy(group.placement.slot_table[layer, :, group.rank]).to(device)
+        self.pair_sort: PairSort | None = PairSort(
+            slots, lambda num_pairs: tokens_per_tile(num_pairs, len(slots))
+        )
+        self._sort = self.pair_sort
 
     def route(self, choice: Choice, num_chunks: int) -> list[Receipt]:
-        """The pairs of each chunk, sorted by slot."""
-        num_tokens = choice.experts.shape[0]
+        """The pairs of each chunk, sorted by expert."""
+        num_tokens = len(choice.experts)
+        if choice.pairs is not None:
+            assert num_chunks == 1, "pairs that the gate sorted are those of all tokens"
+            return [self._receipt(choice, choice.pairs, slice(0, num_tokens))]
         spans = (chunk_of(num_tokens, chunk, num_chunks) for chunk in range(num_chunks))
-        return [self._receipt(choice.experts[span], span) for span in spans]
+        return [self._receipt(choice, self._sort(choice.experts[span]), span) for span in spans]
 
-    def _receipt(self, experts: Tensor, span: slice) -> Receipt:
-        self._slot_table = self._slot_table.to(experts.device)  # moves with the first step only
-        slot = self._slot_table[experts.flatten()]  # [T * K]
-        order = torch.argsort(slot, stable=True)
-        pair_index = torch.empty_like(order)
-        pair_index[order] = torch.arange(len(order), device=order.device)
-        slots, pairs_per_slot = torch.unique_consecutive(slot[order], return_counts=True)
-        self._group.layer_pairs[self._layer] += len(order)
+    def _receipt(self, choice: Choice, pairs: SortedPairs, span: slice) -> Receipt:
+        self._group.layer_pairs[self._layer] += pairs.groups.num_pairs
+        pair_weight = None
+        if not self._group.deterministic:
+            weights = choice.weights[span].flatten()
+            pair_weight = torch.empty_like(weights)
+            pair_weight[pairs.pair_index.flatten()] = weights
         return Receipt(
             tokens=span,
-            pair_row=order // experts.shape[1],
-            slots=slots.tolist(),
-            pairs_per_slot=pairs_per_slot.tolist(),
-            pair_index=pair_index.view_as(experts),
+            pair_row=pairs.pair_row,
+            groups=pairs.groups,
+            pair_index=pairs.pair_index,
+            pair_weight=pair_weight,
         )
 
     def dispatch(self, hidden: Tensor, receipt: Receipt) -> Tensor:
@@ -45,5 +57,8 @@ class LocalDispatcher:
         return hidden[receipt.tokens]
 
     def combine(self, pairs: Tensor, weights: Tensor, receipt: Receipt) -> Tensor:
-        """Weighted sum in ascending k."""
-        return kernels.combine(pairs, receipt.pair_index, weights[receipt.tokens])
+        """The sum in ascending k, weighted unless the experts did that."""
+        unweighted = receipt.pair_weight is not None
+        return kernels.combine(
+            pairs, receipt.pair_index, None if unweighted else weights[receipt.tokens]
+        )

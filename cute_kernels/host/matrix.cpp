@@ -1,0 +1,132 @@
+// Checks, names and launches an instance of the matrix kernels.
+#include "matrix.h"
+
+#include <algorithm>
+#include <string>
+
+#include "launch.h"
+#include "tile_memory.h"
+
+namespace light {
+namespace {
+
+// grouped_gemm_bf16_w128_t64_d64_s4_2x2_swiglu: cute_kernels/instances.py makes the same name.
+std::string instance_name(const MatrixLaunch &launch) {
+  const light_tile &tile = launch.tile;
+  std::string name = launch.stem;
+  name += launch.dtype == LIGHT_FLOAT16 ? "_f16" : "_bf16";
+  if (launch.num_bits != 16) {
+    name += "_int" + std::to_string(launch.num_bits);
+  }
+  name += "_w" + std::to_string(tile.weight_rows) + "_t" + std::to_string(tile.tokens);
+  name += "_d" + std::to_string(tile.depth) + "_s" + std::to_string(tile.stages);
+  name += "_" + std::to_string(tile.warps_weight) + "x" + std::to_string(tile.warps_tokens);
+  name += tile.half_accumulate ? "_acc16" : "";
+  return name + (launch.swiglu ? "_swiglu" : "_plain");
+}
+
+// The most tiles of the output there can be: a group of c pairs has ceil(c / tokens) tiles, so the
+// last tile of each group that is not empty may be almost empty.
+long long most_output_tiles(const light_tile &tile, long long num_pairs, long long num_groups,
+                            long long weight_rows) {
+  const long long num_occupied = std::min(num_groups, num_pairs);
+  const long long num_tiles = (num_pairs + num_occupied * (tile.tokens - 1)) / tile.tokens;
+  return num_tiles * ((weight_rows + tile.weight_rows - 1) / tile.weight_rows);
+}
+
+light_status check_tile(const MatrixLaunch &launch) {
+  const light_tile &tile = launch.tile;
+  const int smallest = std::min({tile.weight_rows, tile.tokens, tile.depth, tile.stages,
+                                 tile.warps_weight, tile.warps_tokens});
+  if (smallest < 1 || tile.warps_weight * tile.warps_tokens > 32) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: no such tile as %s", launch.stem,
+                instance_name(launch).c_str());
+  }
+  if (tile.half_accumulate && launch.dtype != LIGHT_FLOAT16) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: fp16 accumulators take fp16 rows only", launch.stem);
+  }
+  return LIGHT_OK;
+}
+
+light_status check_groups(const MatrixLaunch &launch) {
+  const light_pair_groups &groups = launch.groups;
+  if (groups.num_pairs < 0 || (groups.offsets != nullptr && groups.num_groups < 1)) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: %d pairs in %d groups", launch.stem, groups.num_pairs,
+                groups.num_groups);
+  }
+  if (groups.offsets != nullptr &&
+      (groups.tile_offsets == nullptr || groups.tile_groups == nullptr)) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: groups without a table of tiles", launch.stem);
+  }
+  return LIGHT_OK;
+}
+
+light_status check_splits(const MatrixLaunch &launch) {
+  const int num_stages = (launch.depth + launch.tile.depth - 1) / launch.tile.depth;
+  if (launch.depth_splits < 1 || launch.depth_splits > num_stages) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: %d splits of a depth of %d stages", launch.stem,
+                launch.depth_splits, num_stages);
+  }
+  if (launch.depth_splits > 1 &&
+      (launch.split_sums == nullptr || launch.split_tickets == nullptr)) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: %d splits without split_sums or split_tickets",
+                launch.stem, launch.depth_splits);
+  }
+  return LIGHT_OK;
+}
+
+}  // namespace
+
+light_status check_matrix(const MatrixLaunch &launch) {
+  if (launch.dtype != LIGHT_FLOAT16 && launch.dtype != LIGHT_BFLOAT16) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: dtype %d is neither fp16 nor bf16", launch.stem,
+                launch.dtype);
+  }
+  LIGHT_TRY(check_tile(launch));
+  LIGHT_TRY(check_groups(launch));
+  if (launch.groups.num_pairs > 0 &&
+      (launch.rows == nullptr || launch.weights == nullptr || launch.output == nullptr)) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: rows, weights or output is null", launch.stem);
+  }
+  if (launch.depth < 8 || launch.depth % 8 || launch.num_features < 8 || launch.num_features % 8) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: depth %d and %d features must be multiples of 8",
+                launch.stem, launch.depth, launch.num_features);
+  }
+  if (launch.swiglu && launch.output_float32) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: swiglu has no float32 output", launch.stem);
+  }
+  return check_splits(launch);
+}
+
+light_status launch_matrix(const MatrixLaunch &launch, const void *args) {
+  if (launch.groups.num_pairs == 0) {
+    return LIGHT_OK;
+  }
+  const light_tile &tile = launch.tile;
+  const std::string name = instance_name(launch);
+  const Kernel *kernel = nullptr;
+  LIGHT_TRY(find_kernel(name, name, 32 * tile.warps_weight * tile.warps_tokens,
+                        tile_shared_bytes(tile, launch.num_bits), &kernel));
+  const int num_groups = launch.groups.offsets == nullptr ? 1 : launch.groups.num_groups;
+  const long long num_units =
+      launch.depth_splits *
+      most_output_tiles(tile, launch.groups.num_pairs, num_groups, launch.weight_rows());
+  long long num_ctas = std::min<long long>(kernel->resident_ctas(), num_units);
+  if (launch.max_ctas > 0) {
+    num_ctas = std::min<long long>(num_ctas, launch.max_ctas);
+  }
+  return launch_bytes(*kernel, {static_cast<unsigned int>(num_ctas)}, args, launch.stream, {});
+}
+
+}  // namespace light
+
+long long light_output_tiles(const light_tile *tile, int num_pairs, int num_groups,
+                             int weight_rows) {
+  return light::most_output_tiles(*tile, num_pairs, num_groups, weight_rows);
+}
+
+long long light_split_bytes(const light_tile *tile, long long num_output_tiles,
+                            int depth_splits) {
+  constexpr int kSumBytes = 4;
+  return num_output_tiles * depth_splits * tile->weight_rows * tile->tokens * kSumBytes;
+}

@@ -1,0 +1,19 @@
+// quant_gemm: grouped_gemm from weight-only quantised experts (int4, int8), dequantised in registers.
+#include "matrix_kernel.cuh"
+#include "packed_weights.cuh"
+
+namespace {
+#if LIGHT_DTYPE == 0
+using Element = light::Float16;
+#else
+using Element = light::BFloat16;
+#endif
+using Tile = light::MatrixTile<Element, LIGHT_TILE_WEIGHT_ROWS, LIGHT_TILE_TOKENS, LIGHT_TILE_DEPTH,
+                               LIGHT_TILE_STAGES, LIGHT_WARPS_WEIGHT, LIGHT_WARPS_TOKENS,
+                               LIGHT_CTAS_PER_SM, LIGHT_NUM_BITS, LIGHT_SWIGLU, LIGHT_HALF_ACCUMULATE>;
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
+    LIGHT_KERNEL_NAME(const __grid_constant__ light_quant_gemm_args args) {
+  light::run_matrix_kernel<Tile, light::PackedWeights<Tile>>(args);
+}

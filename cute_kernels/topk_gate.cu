@@ -1,0 +1,264 @@
+// From router logits, or from the hidden rows and the router's weights, to experts, weights and the
+// permutation of the pairs, in one launch. topk_gate_choose.cuh chooses, topk_gate_sort.cuh sorts,
+// topk_gate_router.cuh multiplies; host/topk_gate.cpp says how many CTAs work.
+#include "topk_gate_choose.cuh"
+#include "topk_gate_router.cuh"
+#include "topk_gate_sort.cuh"
+
+namespace light::gate {
+
+template <int kBytes>
+struct Vector;
+template <>
+struct Vector<2> { using type = unsigned short; };
+template <>
+struct Vector<4> { using type = unsigned; };
+template <>
+struct Vector<8> { using type = uint2; };
+template <>
+struct Vector<16> { using type = uint4; };
+
+// A lane's neighbouring numbers of a row of `num_experts`, as wide as the row allows.
+template <int kValues, typename Scalar>
+__device__ inline void load_values(const Scalar *row, int first, int num_experts,
+                                   float (&values)[kValues]) {
+  constexpr int kBytes = kValues * sizeof(Scalar) < 16 ? kValues * sizeof(Scalar) : 16;
+  constexpr int kPerVector = kBytes / sizeof(Scalar);
+  union {
+    typename Vector<kBytes>::type vectors[kValues / kPerVector];
+    Scalar scalars[kValues];
+  } raw;
+  using Source = const typename Vector<kBytes>::type *;
+  if (num_experts % kValues == 0 && first < num_experts) {
+#pragma unroll
+    for (int i = 0; i < kValues / kPerVector; ++i) {
+      raw.vectors[i] = __ldcg(reinterpret_cast<Source>(row + first) + i);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      raw.scalars[i] = first + i < num_experts ? row[first + i] : Scalar(0.0f);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    values[i] = to_float(raw.scalars[i]);
+  }
+}
+
+template <typename Scalar>
+struct GivenLogits {
+  const Scalar *logits;  // [T, E]
+  int num_experts;
+
+  template <int kValues>
+  __device__ void load(int token, int first, float (&values)[kValues]) const {
+    load_values(logits + (long long)token * num_experts, first, num_experts, values);
+  }
+  __device__ float logit(int token, int expert) const {
+    return to_float(logits[(long long)token * num_experts + expert]);
+  }
+};
+
+struct SummedLogits {
+  const float *partials;  // [T, splits, E]
+  int num_experts, num_splits;
+
+  template <int kValues>
+  __device__ void load(int token, int first, float (&values)[kValues]) const {
+    const float *row = partials + (long long)token * num_splits * num_experts;
+    load_values(row, first, num_experts, values);
+#pragma unroll 8
+    for (int split = 1; split < num_splits; ++split) {
+      float part[kValues];
+      load_values(row + split * num_experts, first, num_experts, part);
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) {
+        values[i] += part[i];
+      }
+    }
+  }
+  __device__ float logit(int token, int expert) const {
+    const float *part = partials + (long long)token * num_splits * num_experts + expert;
+    float sum = __ldcg(part);
+    for (int split = 1; split < num_splits; ++split) {
+      sum += __ldcg(part + split * num_experts);
+    }
+    return sum;
+  }
+};
+
+// The last pair of each lane stays in its registers.
+template <int kLanes, int kValues, class Source>
+__device__ Pair choose_tokens(const light_topk_gate_args &args, const Source &source,
+                              TokenRange tokens, bool sorted, Sorter &sorter) {
+  const int lane = threadIdx.x % kLanes, k = args.sort.num_experts_per_token;
+  Pair last;
+  for (int first = tokens.begin; first < tokens.end; first += 32 / kLanes) {
+    const int token = first + threadIdx.x % 32 / kLanes;
+    const bool exists = token < tokens.end;
+    float logits[kValues];
+    unsigned keys[kValues];
+    source.load(exists ? token : first, lane * kValues, logits);
+    make_keys(args, logits, lane, keys);
+    float sum = args.sigmoid || args.renormalize ? 1.0f : softmax_sum<kLanes>(keys);
+    if (args.num_groups_per_token < args.num_groups) {
+      keep_best_groups<kLanes>(args, lane, keys);
+    }
+    const Choice choice = choose<kLanes, kValues>(keys, k, lane);
+    const bool chosen = exists && lane < k;
+    float score = 0.0f;
+    if (args.sigmoid) {
+      score = chosen ? sigmoid(without_nan(source.logit(token, choice.expert))) : 0.0f;
+    } else {
+      score = relative_exp(from_ordered_key(choice.key), from_ordered_key(choice.best_key));
+    }
+    if (args.renormalize) {
+      // Sigmoid scores may all be 0: DeepSeek-V3 adds this, too little to change any other sum.
+      sum = lanes_sum<kLanes>(lane < k ? score : 0.0f) + 1e-20f;
+    }
+    last = Pair{};
+    if (chosen) {
+      last = {token * k + lane, token, choice.expert, score / sum * args.scale};
+      args.experts[last.index] = last.expert;
+      args.weights[last.index] = last.weight;
+    }
+    if (sorted) {
+      if constexpr (kLanes == 32) {
+        sorter.count_distinct(last.expert);
+        __syncwarp();
+      } else {
+        sorter.count(last.expert);
+      }
+    }
+  }
+  return last;
+}
+
+// With kThreads up to 512 a thread has registers for 16 experts, else for 8.
+template <int kThreads, class Source>
+__device__ Pair choose_tokens(const light_topk_gate_args &args, const Source &source,
+                              TokenRange tokens, bool sorted, Sorter &sorter) {
+  const int num_experts = args.sort.num_experts;
+  if (num_experts <= kFewExperts) {
+    return choose_tokens<8, 1>(args, source, tokens, sorted, sorter);
+  }
+  if (num_experts <= 32) {
+    return choose_tokens<32, 1>(args, source, tokens, sorted, sorter);
+  }
+  if (num_experts <= 64) {
+    return choose_tokens<32, 2>(args, source, tokens, sorted, sorter);
+  }
+  if (num_experts <= 128) {
+    return choose_tokens<32, 4>(args, source, tokens, sorted, sorter);
+  }
+  if (kThreads > 512 || num_experts <= kManyExperts) {
+    return choose_tokens<32, 8>(args, source, tokens, sorted, sorter);
+  }
+  return choose_tokens<32, kThreads <= 512 ? 16 : 8>(args, source, tokens, sorted, sorter);
+}
+
+template <int kThreads, class Source>
+__device__ void route(const light_topk_gate_args &args, const Source &source, int cta,
+                      Sorter &sorter) {
+  const bool sorted = args.sort.offsets != nullptr;
+  if (sorted) {
+    sorter.load_round();
+  }
+  const TokenRange tokens = TokenRange::of_warp(args.sort, cta);
+  const Pair last = choose_tokens<kThreads>(args, source, tokens, sorted, sorter);
+  if (sorted) {
+    const int num_tokens = tokens.end - tokens.begin;
+    const int at_once = tokens_at_once(args.sort.num_experts);
+    const int num_last = num_tokens > 0 ? (num_tokens - 1) % at_once + 1 : 0;
+    sorter.place({tokens.begin, tokens.end - num_last}, args.experts, args.weights, last);
+  }
+}
+
+template <int kThreads, typename Scalar>
+__device__ void gate_from_logits(const light_topk_gate_args &args) {
+  extern __shared__ __align__(16) char shared[];
+  Sorter sorter(args.sort, blockIdx.x, gridDim.x, shared);
+  if (args.sort.offsets != nullptr) {
+    sorter.clear();
+  }
+  wait_for_previous_kernel();
+  const GivenLogits<Scalar> source{static_cast<const Scalar *>(args.logits),
+                                   args.sort.num_experts};
+  route<kThreads>(args, source, blockIdx.x, sorter);
+}
+
+// Few tokens are finished by the CTA that is done last; more by several, after all are done.
+template <typename Hidden, typename Router>
+__device__ void gate_from_hidden(const light_topk_gate_args &args) {
+  const int num_experts = args.sort.num_experts;
+  Exchange *exchange = static_cast<Exchange *>(args.sort.workspace);
+  float *partials = reinterpret_cast<float *>(exchange + 1);
+  extern __shared__ __align__(16) char shared[];
+  RouterProduct<Hidden, Router> product(args, partials, reinterpret_cast<float *>(shared));
+  product.run();
+  const int num_ctas = args.sort.num_ctas;
+  int cta = blockIdx.x;
+  if (num_ctas == 1) {
+    if (!arrives_last(&exchange->ticket_counter, gridDim.x)) {
+      return;
+    }
+    cta = 0;
+  } else {
+    wait_for_all_ctas(&exchange->router_counter, gridDim.x);
+    if (cta >= num_ctas) {
+      return;
+    }
+  }
+  Sorter sorter(args.sort, cta, num_ctas, shared);
+  if (args.sort.offsets != nullptr) {
+    sorter.clear();
+  }
+  const SummedLogits source{partials, num_experts, product.num_splits()};
+  route<512>(args, source, cta, sorter);
+}
+
+__device__ void sort_given_pairs(const light_sort_pairs_args &args) {
+  extern __shared__ __align__(16) char shared[];
+  const int num_experts = args.sort.num_experts, k = args.sort.num_experts_per_token;
+  Sorter sorter(args.sort, blockIdx.x, gridDim.x, shared);
+  sorter.clear();
+  wait_for_previous_kernel();
+  sorter.load_round();
+  const TokenRange tokens = TokenRange::of_warp(args.sort, blockIdx.x);
+  for (int first = tokens.begin * k; first < tokens.end * k; first += 32) {
+    const int pair = first + threadIdx.x % 32;
+    const int expert = pair < tokens.end * k ? args.experts[pair] : -1;
+    sorter.count(expert < num_experts ? max(expert, -1) : -1);
+  }
+  sorter.place(tokens, args.experts, args.weights, Pair{});
+}
+
+}  // namespace light::gate
+
+#define LIGHT_GATE_FROM_LOGITS(name, threads, Scalar)                              \
+  extern "C" __global__ void __launch_bounds__(threads, 1)                          \
+      topk_gate_logits_##name(const __grid_constant__ light_topk_gate_args args) { \
+    light::gate::gate_from_logits<threads, Scalar>(args);                          \
+  }
+#define LIGHT_GATE_FROM_HIDDEN(name, Hidden, Router)                               \
+  extern "C" __global__ void __launch_bounds__(512, 1)                              \
+      topk_gate_router_##name(const __grid_constant__ light_topk_gate_args args) { \
+    light::gate::gate_from_hidden<Hidden, Router>(args);                           \
+  }
+
+LIGHT_GATE_FROM_LOGITS(f32_t1024, 1024, float)  // at most 256 experts
+LIGHT_GATE_FROM_LOGITS(f16_t1024, 1024, __half)
+LIGHT_GATE_FROM_LOGITS(bf16_t1024, 1024, __nv_bfloat16)
+LIGHT_GATE_FROM_LOGITS(f32_t512, 512, float)
+LIGHT_GATE_FROM_LOGITS(f16_t512, 512, __half)
+LIGHT_GATE_FROM_LOGITS(bf16_t512, 512, __nv_bfloat16)
+LIGHT_GATE_FROM_HIDDEN(f16_f16, __half, __half)
+LIGHT_GATE_FROM_HIDDEN(f16_f32, __half, float)
+LIGHT_GATE_FROM_HIDDEN(bf16_bf16, __nv_bfloat16, __nv_bfloat16)
+LIGHT_GATE_FROM_HIDDEN(bf16_f32, __nv_bfloat16, float)
+
+extern "C" __global__ void __launch_bounds__(1024, 1)
+    sort_pairs(const __grid_constant__ light_sort_pairs_args args) {
+  light::gate::sort_given_pairs(args);
+}

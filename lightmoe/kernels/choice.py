@@ -1,0 +1,44 @@
+"""Which kernels a launch runs, said before anything is started."""
+
+from __future__ import annotations
+
+from lightmoe.errors import MachineError
+from lightmoe.kernels.library import FOLDER, REMEDY, read_manifest
+
+_REFERENCE_DTYPE = "float32"
+
+
+def choose_kernels(dtype: str, compute_capability: tuple[int, int]) -> str:
+    """The kernels of a GPU by name, and why: liblight_ops for 16 bits, else the reference.
+
+    MachineError where liblight_ops is needed and was not built, or not for this card.
+    """
+    if dtype == _REFERENCE_DTYPE:
+        return "reference (float32)"
+    major, minor = compute_capability
+    manifest = read_manifest(FOLDER)
+    otherwise = f"or take --dtype {_REFERENCE_DTYPE} or --device cpu"
+    if manifest is None:
+        raise MachineError(
+            f"{dtype} on a GPU needs liblight_ops, which is not built in {FOLDER};"
+            f" build it: {REMEDY}, {otherwise}"
+        )
+    architecture = nearest_architecture(major, minor, manifest.kernels)
+    if architecture is None:
+        built = ", ".join(sorted(manifest.kernels)) or "none"
+        raise MachineError(
+            f"liblight_ops in {FOLDER} has no kernels for sm_{major}{minor} (built: {built});"
+            f" build them: {REMEDY} ARCHS={major}{minor}, {otherwise}"
+        )
+    return f"liblight_ops sm_{architecture} ({dtype})"
+
+
+def nearest_architecture(major: int, minor: int, built: dict[str, frozenset[str]]) -> str | None:
+    """The newest of these that a card of compute capability major.minor runs: of its own major
+    number and not after it."""
+    fitting = [
+        name
+        for name in built
+        if name.isdecimal() and int(name[:-1]) == major and int(name[-1]) <= minor
+    ]
+    return max(fitting, key=int, default=None)

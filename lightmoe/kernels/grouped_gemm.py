@@ -1,0 +1,150 @@
+"""Products of sorted pairs with each group's own weight, by liblight_ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightmoe.kernels.checks import (
+    HALF_DTYPES,
+    require_cuda,
+    require_dtype,
+    require_multiple,
+    require_rows,
+    require_shape,
+)
+from lightmoe.kernels.groups import PairGroups
+from lightmoe.kernels.library import address, library
+from lightmoe.kernels.products import (
+    GroupFields,
+    Plan,
+    Scratch,
+    check_pairs,
+    group_fields,
+    plan_product,
+)
+
+_STEM = "grouped_gemm"
+_FEATURE_MULTIPLE = 8
+
+
+def grouped_gemm(
+    rows: Tensor,
+    weights: Tensor,
+    groups: PairGroups,
+    row_index: Tensor | None = None,
+    *,
+    swiglu: bool = False,
+    pair_weight: Tensor | None = None,
+    max_ctas: int | None = None,
+    deterministic: bool = True,
+) -> Tensor:
+    """[R, D] x [S, N, D] -> [P, N], with `swiglu` [P, N / 2]; rounded once, from fp32 sums.
+
+    `max_ctas` bounds the multiprocessors that are used, None: all. UsageError names the tensor
+    that does not fit. The rest is reference.grouped_gemm's.
+    """
+    require_shape(_STEM, "weights", weights, None, None, None)
+    require_shape(_STEM, "rows", rows, None, weights.shape[2])
+    check_pairs(_STEM, rows, groups, row_index, pair_weight)
+    check_weights(_STEM, "weights", weights, rows.dtype, swiglu=swiglu)
+    require_cuda(
+        _STEM,
+        rows=rows,
+        weights=weights,
+        slots=groups.slots,
+        offsets=groups.offsets,
+        row_index=row_index,
+        pair_weight=pair_weight,
+    )
+    num_pairs = groups.num_pairs
+    output = rows.new_empty(num_pairs, weights.shape[1] // (2 if swiglu else 1))
+    if not num_pairs:
+        return output
+    plan = plan_weights(
+        weights,
+        num_pairs,
+        len(groups.slots),
+        swiglu=swiglu,
+        deterministic=deterministic,
+        tokens_per_tile=groups.tokens_per_tile,
+    )
+    launch_product(
+        group_fields(groups),
+        plan,
+        rows,
+        weights,
+        output,
+        row_index=row_index,
+        pair_weight=pair_weight,
+        swiglu=swiglu,
+        max_ctas=max_ctas,
+    )
+    return output
+
+
+def check_weights(
+    stem: str, name: str, weights: Tensor, dtype: torch.dtype, *, swiglu: bool
+) -> None:
+    """UsageError unless the kernels take these weights [..., N, D]."""
+    require_dtype(stem, name, weights, dtype)
+    require_multiple(stem, name, weights, -2, _FEATURE_MULTIPLE * (2 if swiglu else 1))
+    require_rows(stem, name, weights)
+
+
+def plan_weights(
+    weights: Tensor,
+    num_pairs: int,
+    num_groups: int,
+    *,
+    swiglu: bool,
+    deterministic: bool,
+    tokens_per_tile: int | None = None,
+) -> Plan:
+    """The plan for products with these weights [..., N, D] on their device."""
+    return plan_product(
+        weights.device,
+        weights.dtype,
+        num_pairs,
+        num_groups,
+        weights.shape[-2] // (2 if swiglu else 1),
+        weights.shape[-1],
+        swiglu=swiglu,
+        deterministic=deterministic,
+        tokens_per_tile=tokens_per_tile,
+    )
+
+
+def launch_product(
+    groups: GroupFields,
+    plan: Plan,
+    rows: Tensor,
+    weights: Tensor,
+    output: Tensor,
+    *,
+    swiglu: bool,
+    row_index: Tensor | None = None,
+    pair_weight: Tensor | None = None,
+    max_ctas: int | None = None,
+) -> None:
+    """Enqueue the kernel. Everything has been checked."""
+    scratch = Scratch(plan, rows.device)
+    library().launch(
+        _STEM,
+        rows.device,
+        groups=groups,
+        tile=plan.tile_fields,
+        dtype=HALF_DTYPES[rows.dtype],
+        rows=address(rows),
+        pair_row=address(row_index),
+        weights=address(weights),
+        slot_bytes=weights.stride(0) * weights.element_size(),
+        pair_weight=address(pair_weight),
+        output=address(output),
+        depth=rows.shape[1],
+        num_features=output.shape[1],
+        swiglu=swiglu,
+        output_float32=output.dtype == torch.float32,
+        max_ctas=max_ctas or 0,
+        **scratch.arguments,
+    )

@@ -1,0 +1,171 @@
+"""What the matrix products share: the plan of a launch, its scratch memory, groups as addresses.
+
+A plan depends on sizes alone, so it is made once for each.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightmoe.errors import UsageError
+from lightmoe.kernels.checks import (
+    require_dtype,
+    require_half,
+    require_multiple,
+    require_rows,
+    require_shape,
+)
+from lightmoe.kernels.groups import PairGroups
+from lightmoe.kernels.library import address, library
+from lightmoe.kernels.tiles import Product, Tile, choose_depth_splits, choose_tile
+
+GroupFields = tuple[int, int, int, int, int, int]
+"""light_pair_groups: the addresses of its four tables, G and P."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A tile, and how many CTAs share the depth of one; more than one needs tickets and sums."""
+
+    tile: Tile
+    tile_fields: tuple[int, ...]
+    depth_splits: int = 1
+    num_tickets: int = 0
+    sums_bytes: int = 0
+
+
+def plan_product(
+    device: torch.device,
+    dtype: torch.dtype,
+    num_pairs: int,
+    num_groups: int,
+    num_features: int,
+    depth: int,
+    *,
+    swiglu: bool,
+    deterministic: bool,
+    num_bits: int = 16,
+    tokens_per_tile: int | None = None,
+) -> Plan:
+    """The plan on a CUDA device; `num_features` counts columns of the output.
+
+    `tokens_per_tile` is given where the pairs are sorted already; ValueError if no tile has it.
+    """
+    return _plan(
+        library().architecture_of(device),
+        num_pairs,
+        num_groups,
+        num_features,
+        depth,
+        swiglu,
+        dtype == torch.float16,
+        deterministic,
+        num_bits,
+        tokens_per_tile,
+    )
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _plan(
+    architecture: str,
+    num_pairs: int,
+    num_groups: int,
+    num_features: int,
+    depth: int,
+    swiglu: bool,
+    half: bool,
+    deterministic: bool,
+    num_bits: int,
+    tokens_per_tile: int | None,
+) -> Plan:
+    product = Product(
+        int(architecture.removesuffix("ptx")),
+        num_pairs,
+        num_groups,
+        num_features,
+        depth,
+        swiglu,
+        half,
+        deterministic,
+        num_bits,
+        tokens_per_tile,
+    )
+    tile = choose_tile(product)
+    depth_splits = choose_depth_splits(product, tile)
+    if depth_splits == 1:
+        return Plan(tile, tile.fields)
+    needs = library().split_needs(
+        tile.fields, num_pairs, num_groups, product.weight_rows, depth_splits
+    )
+    return Plan(tile, tile.fields, depth_splits, *needs)
+
+
+class Scratch:
+    """What a launch of a plan needs beside its operands; keep it until the launch is enqueued."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self._sums: Tensor | None = None
+        self._tickets: Tensor | None = None
+        self._depth_splits = plan.depth_splits
+        if plan.depth_splits > 1:
+            self._sums = torch.empty(plan.sums_bytes, dtype=torch.uint8, device=device)
+            self._tickets = _tickets(plan.num_tickets, device)
+
+    @property
+    def arguments(self) -> dict[str, int]:
+        """Arguments of the binding."""
+        return {
+            "split_sums": address(self._sums),
+            "split_tickets": address(self._tickets),
+            "depth_splits": self._depth_splits,
+        }
+
+
+_tickets_of_stream: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _tickets(count: int, device: torch.device) -> Tensor:
+    """Zeros that launches of one stream share: each leaves them zero for the next."""
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    if key not in _tickets_of_stream or len(_tickets_of_stream[key]) < count:
+        _tickets_of_stream[key] = torch.zeros(2 * count, dtype=torch.int32, device=device)
+    return _tickets_of_stream[key]
+
+
+def group_fields(groups: PairGroups) -> GroupFields:
+    """The tables of groups on a GPU as light_pair_groups."""
+    return (
+        address(groups.slots),
+        address(groups.offsets),
+        address(groups.tile_offsets),
+        address(groups.tile_groups),
+        len(groups.slots),
+        groups.num_pairs,
+    )
+
+
+def check_pairs(
+    stem: str,
+    rows: Tensor,
+    groups: PairGroups,
+    row_index: Tensor | None,
+    pair_weight: Tensor | None,
+) -> None:
+    """UsageError unless rows [R, D], groups, row_index [P] and pair_weight [P] fit each other."""
+    require_half(stem, "rows", rows)
+    require_multiple(stem, "rows", rows, 1, 8)
+    require_rows(stem, "rows", rows)
+    if row_index is None:
+        require_shape(stem, "rows", rows, groups.num_pairs, None)
+    else:
+        require_shape(stem, "row_index", row_index, groups.num_pairs)
+        require_dtype(stem, "row_index", row_index, torch.int32)
+    if pair_weight is not None:
+        require_shape(stem, "pair_weight", pair_weight, groups.num_pairs)
+        require_dtype(stem, "pair_weight", pair_weight, torch.float32)
+    if groups.tile_offsets is None or groups.tile_groups is None:
+        raise UsageError(f"{stem}: groups has no tile table; sort the pairs on the GPU")

@@ -1,0 +1,282 @@
+"""Which tile a matrix product runs with: a pure function of its shape and the architecture.
+
+No tuning files. The tiles that are compiled are listed here, best first; the first that nothing
+speaks against is taken, and `rejections` says what spoke against the others. Nothing but the
+standard library is imported: the build reads the lists too.
+
+Words: a tile computes `weight_rows` rows of a weight (gate and up rows both count) for `tokens`
+pairs of one group; P pairs, G groups.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass
+
+MULTIPROCESSORS = {75: 68, 80: 108, 86: 84, 89: 128, 90: 132}
+SHARED_BYTES = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
+CHUNK_BYTES = 16
+MOST_SPLITS = 8
+FEWEST_SPLIT_STAGES = 12  # of a part of the depth; fewer, and filling the pipeline costs more
+_QUEUE_TILES = 16
+_SMALLEST_GROUP = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """light_tile of light_ops.h; `ctas_per_sm` is how many of its CTAs one SM is to hold."""
+
+    weight_rows: int
+    tokens: int
+    depth: int
+    stages: int
+    warps_weight: int
+    warps_tokens: int
+    half_accumulate: int = 0
+    ctas_per_sm: int = 1
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA."""
+        return 32 * self.warps_weight * self.warps_tokens
+
+    @property
+    def fields(self) -> tuple[int, ...]:
+        """The fields of light_tile in their order."""
+        return astuple(self)[:7]
+
+    @property
+    def name(self) -> str:
+        """The tile's part of a kernel's name."""
+        warps = f"{self.warps_weight}x{self.warps_tokens}"
+        suffix = "_acc16" if self.half_accumulate else ""
+        return f"w{self.weight_rows}_t{self.tokens}_d{self.depth}_s{self.stages}_{warps}{suffix}"
+
+    def shared_bytes(self, num_bits: int) -> int:
+        """Shared memory of a CTA: cute_kernels/tile_memory.h has the same formula."""
+        weights = self.weight_rows * self.depth * num_bits // 8
+        scales = 0 if num_bits == 16 else 2 * self.weight_rows * (self.depth // _SMALLEST_GROUP) * 2
+        queue = 2 * _QUEUE_TILES * CHUNK_BYTES + 2 * self.tokens * 4
+        return self.stages * (weights + scales + self.tokens * self.depth * 2) + queue
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """What a product's tile depends on."""
+
+    architecture: int
+    num_pairs: int
+    num_groups: int
+    num_features: int
+    depth: int
+    swiglu: bool
+    half: bool
+    deterministic: bool = True
+    num_bits: int = 16
+    tokens_per_tile: int | None = None
+
+    @property
+    def weight_rows(self) -> int:
+        """Rows of a group's weight."""
+        return self.num_features * (2 if self.swiglu else 1)
+
+    @property
+    def occupied_groups(self) -> float:
+        """Groups that have pairs, as expected where each pair chooses among all alike."""
+        return self.num_groups * -math.expm1(self.num_pairs * math.log1p(-1 / self.num_groups)) if (
+            self.num_groups > 1
+        ) else 1.0
+
+    @property
+    def pairs_per_group(self) -> float:
+        """Pairs of an occupied group, as expected."""
+        return self.num_pairs / max(self.occupied_groups, 1.0)
+
+    def num_outputs(self, tile: Tile) -> float:
+        """Output tiles, as expected."""
+        token_tiles = self.occupied_groups * max(1.0, self.pairs_per_group / tile.tokens)
+        return token_tiles * math.ceil(self.weight_rows / tile.weight_rows)
+
+
+Tiles = tuple[Tile, ...]
+
+_TURING: dict[int, Tiles] = {  # 64 KiB of shared memory, and no cp.async: two stages
+    16: (
+        Tile(256, 128, 32, 2, 4, 2),
+        Tile(128, 64, 32, 2, 2, 2, half_accumulate=1, ctas_per_sm=2),
+        Tile(128, 64, 32, 2, 2, 2, ctas_per_sm=2),
+        Tile(64, 32, 64, 2, 4, 1, ctas_per_sm=2),
+        Tile(64, 16, 64, 2, 4, 1, ctas_per_sm=3),
+        Tile(64, 8, 64, 2, 4, 1, ctas_per_sm=3),
+    ),
+    8: (
+        Tile(128, 64, 64, 2, 4, 1, half_accumulate=1),
+        Tile(128, 64, 64, 2, 4, 1),
+        Tile(128, 32, 64, 2, 4, 1, ctas_per_sm=2),
+        Tile(128, 16, 64, 2, 4, 1, ctas_per_sm=2),
+        Tile(64, 16, 64, 2, 4, 1, ctas_per_sm=4),
+        Tile(128, 8, 64, 2, 4, 1, ctas_per_sm=3),
+        Tile(64, 8, 64, 2, 4, 1, ctas_per_sm=4),
+    ),
+    4: (
+        Tile(128, 64, 64, 2, 4, 1, half_accumulate=1, ctas_per_sm=2),
+        Tile(128, 64, 64, 2, 4, 1, ctas_per_sm=2),
+        Tile(128, 32, 64, 2, 4, 1, ctas_per_sm=3),
+        Tile(128, 16, 64, 2, 4, 1, ctas_per_sm=3),
+        Tile(64, 16, 64, 2, 4, 1, ctas_per_sm=4),
+        Tile(128, 8, 64, 2, 4, 1, ctas_per_sm=4),
+        Tile(64, 8, 64, 2, 4, 1, ctas_per_sm=4),
+    ),
+}
+_SMALL_ASYNC: dict[int, Tiles] = {  # 100 KiB: sm_86 and sm_89
+    16: (
+        Tile(256, 128, 32, 4, 4, 2),
+        Tile(128, 64, 32, 3, 2, 2, ctas_per_sm=2),
+        Tile(64, 32, 64, 4, 4, 1, ctas_per_sm=2),
+        Tile(64, 16, 64, 4, 4, 1, ctas_per_sm=2),
+        Tile(64, 8, 64, 4, 4, 1, ctas_per_sm=2),
+    ),
+    8: (
+        Tile(256, 128, 64, 2, 8, 1),
+        Tile(128, 64, 64, 2, 4, 1, ctas_per_sm=2),
+        Tile(128, 32, 64, 3, 4, 1, ctas_per_sm=2),
+        Tile(128, 16, 64, 3, 4, 1, ctas_per_sm=2),
+        Tile(64, 16, 64, 5, 4, 1, ctas_per_sm=2),
+        Tile(128, 8, 64, 4, 4, 1, ctas_per_sm=2),
+        Tile(64, 8, 64, 5, 4, 1, ctas_per_sm=3),
+    ),
+    4: (
+        Tile(256, 128, 64, 3, 8, 1),
+        Tile(128, 64, 64, 3, 4, 1, ctas_per_sm=2),
+        Tile(128, 32, 64, 4, 4, 1, ctas_per_sm=2),
+        Tile(128, 16, 64, 5, 4, 1, ctas_per_sm=2),
+        Tile(64, 16, 64, 5, 4, 1, ctas_per_sm=3),
+        Tile(256, 8, 64, 4, 4, 1, ctas_per_sm=2),
+        Tile(128, 8, 64, 5, 4, 1, ctas_per_sm=3),
+        Tile(64, 8, 64, 6, 4, 1, ctas_per_sm=3),
+    ),
+}
+_LARGE_ASYNC: dict[int, Tiles] = {  # 164 KiB and more: sm_80 and sm_90
+    16: (
+        Tile(256, 128, 64, 3, 4, 2),
+        Tile(128, 64, 64, 3, 2, 2, ctas_per_sm=2),
+        Tile(64, 32, 64, 5, 4, 1, ctas_per_sm=2),
+        Tile(64, 16, 64, 6, 4, 1, ctas_per_sm=2),
+        Tile(64, 8, 64, 6, 4, 1, ctas_per_sm=2),
+    ),
+    8: (
+        Tile(256, 128, 64, 3, 8, 1),
+        Tile(128, 64, 64, 4, 4, 1, ctas_per_sm=2),
+        Tile(256, 32, 64, 3, 4, 1, ctas_per_sm=2),
+        Tile(128, 32, 64, 5, 4, 1, ctas_per_sm=2),
+        Tile(128, 16, 64, 5, 4, 1, ctas_per_sm=2),
+        Tile(64, 16, 64, 6, 4, 1, ctas_per_sm=3),
+        Tile(256, 8, 64, 3, 4, 1, ctas_per_sm=2),
+        Tile(128, 8, 64, 5, 4, 1, ctas_per_sm=3),
+        Tile(64, 8, 64, 6, 4, 1, ctas_per_sm=4),
+    ),
+    4: (
+        Tile(256, 128, 64, 3, 8, 1),
+        Tile(256, 64, 64, 4, 8, 1),
+        Tile(128, 64, 64, 4, 4, 1, ctas_per_sm=2),
+        Tile(256, 32, 64, 4, 4, 1, ctas_per_sm=2),
+        Tile(128, 32, 64, 5, 4, 1, ctas_per_sm=3),
+        Tile(256, 16, 64, 4, 4, 1, ctas_per_sm=2),
+        Tile(128, 16, 64, 6, 4, 1, ctas_per_sm=3),
+        Tile(64, 16, 64, 6, 4, 1, ctas_per_sm=4),
+        Tile(256, 8, 64, 4, 4, 1, ctas_per_sm=3),
+        Tile(128, 8, 64, 6, 4, 1, ctas_per_sm=4),
+        Tile(64, 8, 64, 6, 4, 1, ctas_per_sm=4),
+    ),
+}
+
+
+def candidates(architecture: int, num_bits: int) -> Tiles:
+    """The compiled tiles of an architecture (75 is sm_75), best first; `num_bits` of a weight."""
+    if architecture < 80:
+        return _TURING[num_bits]
+    small = SHARED_BYTES[architecture] < 128 << 10
+    return (_SMALL_ASYNC if small else _LARGE_ASYNC)[num_bits]
+
+
+def tokens_wanted(product: Product) -> float:
+    """Tokens of a tile that hold an occupied group's pairs.
+
+    While reading the weights bounds the time, a second tile for the same weights is what costs, so
+    nearly every group should fit one: some standard deviations over the mean (the number of pairs
+    is nearly Poisson distributed). Quantised weights stop being the bound earlier: then padding
+    costs, and the mean is enough.
+    """
+    mean = product.pairs_per_group
+    if product.num_bits == 16:
+        return mean + 1.9 * math.sqrt(mean)
+    return mean + 1.5 * math.sqrt(mean) if mean <= 32 else mean
+
+
+def rejection(tile: Tile, product: Product) -> str | None:
+    """What speaks against `tile`, None if nothing does."""
+    if product.tokens_per_tile not in (None, tile.tokens):
+        return f"the pairs were sorted into tiles of {product.tokens_per_tile}, not {tile.tokens}"
+    if tile.half_accumulate and (product.deterministic or not product.half):
+        return "fp16 sums: only for fp16, and where the answer may depend on the tile"
+    others = candidates(product.architecture, product.num_bits)
+    if product.tokens_per_tile is None:
+        wanted = tokens_wanted(product)
+        enough = min(
+            (other.tokens for other in others if other.tokens >= wanted),
+            default=max(other.tokens for other in others),
+        )
+        if tile.tokens != enough:
+            return f"{wanted:.1f} tokens are expected in a tile: {enough} fit, {tile.tokens} do not"
+    narrower = [o for o in others if o.tokens == tile.tokens and o.weight_rows < tile.weight_rows]
+    units = product.num_outputs(tile)
+    wide = tile.weight_rows > 128 and tile.tokens < 64
+    if not wide:  # few CTAs per multiprocessor: too few outputs are better split than narrowed
+        units *= _most_splits(product, tile)
+    needed = (4 if wide else 2) * MULTIPROCESSORS[product.architecture]
+    if narrower and tile.tokens < 128 and units < needed:
+        return f"{units:.0f} units of work for {needed} that keep the multiprocessors busy"
+    return None
+
+
+def rejections(product: Product) -> list[tuple[Tile, str | None]]:
+    """Every compiled tile in order of preference, with what speaks against it."""
+    tiles = candidates(product.architecture, product.num_bits)
+    return [(tile, rejection(tile, product)) for tile in tiles]
+
+
+def choose_tile(product: Product) -> Tile:
+    """The first tile that nothing speaks against; ValueError where tokens_per_tile fits none."""
+    for tile, reason in rejections(product):
+        if reason is None:
+            return tile
+    raise ValueError(f"no tile has {product.tokens_per_tile} tokens on sm_{product.architecture}")
+
+
+def choose_depth_splits(product: Product, tile: Tile) -> int:
+    """CTAs that share the depth of an output tile, where there are too few output tiles.
+
+    The count that fills whole waves of resident CTAs best, 3 % off for each further part.
+    """
+    resident = tile.ctas_per_sm * MULTIPROCESSORS[product.architecture]
+    outputs = product.num_outputs(tile)
+    if outputs >= 0.6 * resident or tile.tokens > 64:
+        return 1
+
+    def filled(splits: int) -> float:
+        waves = outputs * splits / resident
+        return waves / math.ceil(waves) * (1 - 0.03 * (splits - 1))
+
+    splits = max(range(1, _most_splits(product, tile) + 1), key=filled)
+    stages = math.ceil(product.depth / tile.depth)
+    return math.ceil(stages / math.ceil(stages / splits))  # no part is empty
+
+
+def _most_splits(product: Product, tile: Tile) -> int:
+    """Parts that the depth may be cut into.
+
+    1 where deterministic: the order of the sums would depend on the number of pairs.
+    """
+    if product.deterministic:
+        return 1
+    return max(1, min(math.ceil(product.depth / tile.depth) // FEWEST_SPLIT_STAGES, MOST_SPLITS))

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <utility>
 
 #include "light_ops.h"
 
@@ -109,6 +110,116 @@ py::tuple split_needs(const py::tuple &tile, int num_pairs, int num_groups, int 
   return py::make_tuple(num_tiles, light_split_bytes(&instance, num_tiles, depth_splits));
 }
 
+// The fields of light_pair_sort in their order, but the launcher's
+light_pair_sort read_sort(const py::tuple &sort) {
+  return {pointer<int>(sort[0].cast<Address>()),
+          pointer<int>(sort[1].cast<Address>()),
+          pointer<float>(sort[2].cast<Address>()),
+          pointer<int>(sort[3].cast<Address>()),
+          pointer<int>(sort[4].cast<Address>()),
+          pointer<int>(sort[5].cast<Address>()),
+          pointer<int>(sort[6].cast<Address>()),
+          pointer<void>(sort[7].cast<Address>()),
+          sort[8].cast<long long>(),
+          sort[9].cast<int>(),
+          sort[10].cast<int>(),
+          sort[11].cast<int>(),
+          sort[12].cast<int>(),
+          0,
+          0,
+          0};
+}
+
+int topk_gate(Address logits, Address hidden, Address router_weight, Address bias, Address experts,
+              Address weights, const py::tuple &sort, int width, bool sigmoid, bool renormalize,
+              float scale, int num_groups, int num_groups_per_token, int input, int router,
+              int max_ctas, Address stream) {
+  const light_topk_gate_args args{pointer<const void>(logits),
+                                  pointer<const void>(hidden),
+                                  pointer<const void>(router_weight),
+                                  pointer<const float>(bias),
+                                  pointer<int>(experts),
+                                  pointer<float>(weights),
+                                  read_sort(sort),
+                                  width,
+                                  sigmoid,
+                                  renormalize,
+                                  scale,
+                                  num_groups,
+                                  num_groups_per_token};
+  const py::gil_scoped_release released;
+  return light_topk_gate(&args, static_cast<light_dtype>(input), static_cast<light_dtype>(router),
+                         max_ctas, pointer<void>(stream));
+}
+
+int router_logits(Address hidden, Address router_weight, Address logits, int num_tokens,
+                  int num_experts, int width, int input, int router, int max_ctas,
+                  Address stream) {
+  const light_router_logits_args args{pointer<const void>(hidden),
+                                      pointer<const void>(router_weight),
+                                      pointer<float>(logits),
+                                      num_tokens,
+                                      num_experts,
+                                      width};
+  const py::gil_scoped_release released;
+  return light_router_logits(&args, static_cast<light_dtype>(input),
+                             static_cast<light_dtype>(router), max_ctas, pointer<void>(stream));
+}
+
+int sort_pairs(Address experts, Address weights, const py::tuple &sort, int max_ctas,
+               Address stream) {
+  const light_sort_pairs_args args{pointer<const int>(experts), pointer<const float>(weights),
+                                   read_sort(sort)};
+  const py::gil_scoped_release released;
+  return light_sort_pairs(&args, max_ctas, pointer<void>(stream));
+}
+
+int combine(Address pairs, Address pair_index, Address weights, Address addend, Address output,
+            int num_tokens, int num_pairs_per_token, int width, int dtype, int max_ctas,
+            Address stream) {
+  const light_combine_args args{pointer<const void>(pairs),
+                                pointer<const int>(pair_index),
+                                pointer<const float>(weights),
+                                pointer<const void>(addend),
+                                pointer<void>(output),
+                                num_tokens,
+                                num_pairs_per_token,
+                                width};
+  const py::gil_scoped_release released;
+  return light_combine(&args, static_cast<light_dtype>(dtype), max_ctas, pointer<void>(stream));
+}
+
+light_permute_args read_permute(Address rows, Address row_index, Address output, Address scales,
+                                int num_rows, int width) {
+  return {pointer<const void>(rows), pointer<const int>(row_index), pointer<void>(output),
+          pointer<float>(scales), num_rows, width};
+}
+
+int permute(Address rows, Address row_index, Address output, int num_rows, int width_bytes,
+            int max_ctas, Address stream) {
+  const light_permute_args args = read_permute(rows, row_index, output, 0, num_rows, width_bytes);
+  const py::gil_scoped_release released;
+  return light_permute(&args, max_ctas, pointer<void>(stream));
+}
+
+int permute_int8(Address rows, Address row_index, Address output, Address scales, int num_rows,
+                 int width, int dtype, int max_ctas, Address stream) {
+  const light_permute_args args =
+      read_permute(rows, row_index, output, scales, num_rows, width);
+  const py::gil_scoped_release released;
+  return light_permute_int8(&args, static_cast<light_dtype>(dtype), max_ctas,
+                            pointer<void>(stream));
+}
+
+int dequantize_rows(Address rows, Address row_index, Address output, Address scales, int num_rows,
+                    int width, int dtype, int max_ctas, Address stream) {
+  const light_permute_args args =
+      read_permute(rows, row_index, output, scales, num_rows, width);
+  const py::gil_scoped_release released;
+  return light_dequantize_rows(&args, static_cast<light_dtype>(dtype), max_ctas,
+                               pointer<void>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_light_ops, module) {
@@ -133,4 +244,27 @@ PYBIND11_MODULE(_light_ops, module) {
              arg("depth_splits") = 1, arg("stream"));
   module.def("split_needs", &split_needs, arg("tile"), arg("num_pairs"), arg("num_groups"),
              arg("weight_rows"), arg("depth_splits"));
+  module.def("topk_gate", &topk_gate, py::kw_only(), arg("logits"), arg("hidden"),
+             arg("router_weight"), arg("bias"), arg("experts"), arg("weights"), arg("sort"),
+             arg("width"), arg("sigmoid"), arg("renormalize"), arg("scale"), arg("num_groups"),
+             arg("num_groups_per_token"), arg("input"), arg("router"), arg("max_ctas"),
+             arg("stream"));
+  module.def("router_logits", &router_logits, py::kw_only(), arg("hidden"), arg("router_weight"),
+             arg("logits"), arg("num_tokens"), arg("num_experts"), arg("width"), arg("input"),
+             arg("router"), arg("max_ctas"), arg("stream"));
+  module.def("sort_pairs", &sort_pairs, py::kw_only(), arg("experts"), arg("weights"), arg("sort"),
+             arg("max_ctas"), arg("stream"));
+  module.def("workspace_bytes", &light_topk_gate_workspace_bytes, arg("num_experts"),
+             arg("num_tokens"), arg("width"));
+  module.def("combine", &combine, py::kw_only(), arg("pairs"), arg("pair_index"), arg("weights"),
+             arg("addend"), arg("output"), arg("num_tokens"), arg("num_pairs_per_token"),
+             arg("width"), arg("dtype"), arg("max_ctas"), arg("stream"));
+  module.def("permute", &permute, py::kw_only(), arg("rows"), arg("row_index"), arg("output"),
+             arg("num_rows"), arg("width_bytes"), arg("max_ctas"), arg("stream"));
+  for (const auto &[name, function] :
+       {std::pair{"permute_int8", &permute_int8}, std::pair{"dequantize_rows", &dequantize_rows}}) {
+    module.def(name, function, py::kw_only(), arg("rows"), arg("row_index"), arg("output"),
+               arg("scales"), arg("num_rows"), arg("width"), arg("dtype"), arg("max_ctas"),
+               arg("stream"));
+  }
 }

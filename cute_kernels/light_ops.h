@@ -106,16 +106,16 @@ typedef struct light_quant_gemm_args {
   int depth_splits;          // CTAs that share the depth of an output tile, their sums added in order
 } light_quant_gemm_args;
 
-// Pairs sorted by expert, then token, then k, and CTA tiles of `tokens_per_tile` pairs of one expert.
-// An expert's number is its group's. `workspace` (16-byte aligned) is all zeros before its first use
-// and belongs to one launch at a time; every launch leaves it ready for the next, whatever the
-// sizes.
+// Pairs sorted by expert, then token, then k, and CTA tiles of `tokens_per_tile` pairs of one
+// expert. An expert's number is its group's. `workspace` (16-byte aligned) is all zeros before its
+// first use and belongs to one launch at a time; every launch leaves it ready for the next,
+// whatever the sizes.
 typedef struct light_pair_sort {
   int *pair_row;       // [P] token of each sorted pair
   int *pair_index;     // [T, K] where each pair went; -1 for an expert that does not exist
   float *pair_weight;  // [P] weight of each sorted pair; null: not wanted
   int *offsets;        // [E + 1] first pair of each expert
-  int *counts;         // [E] pairs of each expert: its load
+  int *counts;         // [E] pairs of each expert: its load; null: not wanted
   int *tile_offsets;   // [E + 1] first tile of each expert
   int *tile_groups;    // [P / tokens_per_tile + E], of which tile_offsets[E] are written
   void *workspace;
@@ -146,6 +146,17 @@ typedef struct light_topk_gate_args {
   int num_groups;
   int num_groups_per_token;
 } light_topk_gate_args;
+
+// logits[t, e] = sum_d hidden[t, d] * router_weight[e, d] in float32, with the bits that
+// light_topk_gate's own product has.
+typedef struct light_router_logits_args {
+  const void *hidden;         // [T, width] of `input`, float16 or bfloat16
+  const void *router_weight;  // [E, width] of `router`: the dtype of hidden, or float32
+  float *logits;              // [T, E]
+  int num_tokens;
+  int num_experts;
+  int width;  // a multiple of 8
+} light_router_logits_args;
 
 // The permutation alone, of experts [T, K] that are given.
 typedef struct light_sort_pairs_args {
@@ -217,11 +228,14 @@ LIGHT_API long long light_output_tiles(const light_tile *tile, int num_pairs, in
 LIGHT_API long long light_split_bytes(const light_tile *tile, long long num_output_tiles,
                                       int depth_splits);
 
-// The workspace that the gate and the sort need at most for these sizes; 0 tokens of width 0 where
-// the logits are given.
+// Bytes of workspace for light_topk_gate; 0 tokens where the logits are given, as for
+// light_sort_pairs.
 LIGHT_API long long light_topk_gate_workspace_bytes(int num_experts, int num_tokens, int width);
 LIGHT_API light_status light_topk_gate(const light_topk_gate_args *args, light_dtype input,
                                        light_dtype router, int max_ctas, light_stream stream);
+LIGHT_API light_status light_router_logits(const light_router_logits_args *args,
+                                           light_dtype input, light_dtype router, int max_ctas,
+                                           light_stream stream);
 LIGHT_API light_status light_sort_pairs(const light_sort_pairs_args *args, int max_ctas,
                                         light_stream stream);
 LIGHT_API light_status light_combine(const light_combine_args *args, light_dtype dtype,

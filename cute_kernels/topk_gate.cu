@@ -195,8 +195,9 @@ __device__ void gate_from_hidden(const light_topk_gate_args &args) {
   Exchange *exchange = static_cast<Exchange *>(args.sort.workspace);
   float *partials = reinterpret_cast<float *>(exchange + 1);
   extern __shared__ __align__(16) char shared[];
-  RouterProduct<Hidden, Router> product(args, partials, reinterpret_cast<float *>(shared));
-  product.run();
+  RouterTeam<Hidden, Router> team(args.hidden, args.router_weight, num_experts, args.width,
+                                  reinterpret_cast<float *>(shared));
+  write_partials(team, partials, args.sort.num_tokens, num_experts);
   const int num_ctas = args.sort.num_ctas;
   int cta = blockIdx.x;
   if (num_ctas == 1) {
@@ -214,8 +215,16 @@ __device__ void gate_from_hidden(const light_topk_gate_args &args) {
   if (args.sort.offsets != nullptr) {
     sorter.clear();
   }
-  const SummedLogits source{partials, num_experts, product.num_splits()};
+  const SummedLogits source{partials, num_experts, team.num_splits()};
   route<512>(args, source, cta, sorter);
+}
+
+template <typename Hidden, typename Router>
+__device__ void router_logits(const light_router_logits_args &args) {
+  extern __shared__ __align__(16) char shared[];
+  RouterTeam<Hidden, Router> team(args.hidden, args.router_weight, args.num_experts, args.width,
+                                  reinterpret_cast<float *>(shared));
+  write_logits(team, args);
 }
 
 __device__ void sort_given_pairs(const light_sort_pairs_args &args) {
@@ -241,10 +250,14 @@ __device__ void sort_given_pairs(const light_sort_pairs_args &args) {
       topk_gate_logits_##name(const __grid_constant__ light_topk_gate_args args) { \
     light::gate::gate_from_logits<threads, Scalar>(args);                          \
   }
-#define LIGHT_GATE_FROM_HIDDEN(name, Hidden, Router)                               \
-  extern "C" __global__ void __launch_bounds__(512, 1)                              \
-      topk_gate_router_##name(const __grid_constant__ light_topk_gate_args args) { \
-    light::gate::gate_from_hidden<Hidden, Router>(args);                           \
+#define LIGHT_GATE_FROM_HIDDEN(name, Hidden, Router)                                  \
+  extern "C" __global__ void __launch_bounds__(512, 1)                                \
+      topk_gate_router_##name(const __grid_constant__ light_topk_gate_args args) {    \
+    light::gate::gate_from_hidden<Hidden, Router>(args);                              \
+  }                                                                                   \
+  extern "C" __global__ void __launch_bounds__(512, 1)                                \
+      router_logits_##name(const __grid_constant__ light_router_logits_args args) {   \
+    light::gate::router_logits<Hidden, Router>(args);                                 \
   }
 
 LIGHT_GATE_FROM_LOGITS(f32_t1024, 1024, float)  // at most 256 experts

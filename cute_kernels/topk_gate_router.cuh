@@ -45,62 +45,46 @@ __device__ inline float transposed_sum(float (&sums)[8], int lane) {
   return sum + __shfl_xor_sync(kAllLanes, sum, 16);
 }
 
+// One team's part: units of experts and depth for blocks of tokens.
 template <typename Hidden, typename Router>
-class RouterProduct {
+class RouterTeam {
  public:
-  // partials [T, depth / 1024, E]; sums: kSumsPerTeam for each team of the CTA.
-  __device__ RouterProduct(const light_topk_gate_args &args, float *partials, float *sums)
-      : args_(args),
-        partials_(partials),
+  // sums: kSumsPerTeam for each team of the CTA.
+  __device__ RouterTeam(const void *hidden, const void *router_weight, int num_experts, int width,
+                        float *sums)
+      : hidden_(static_cast<const Hidden *>(hidden)),
+        router_weight_(static_cast<const Router *>(router_weight)),
         sums_(sums + threadIdx.x / 32 / kTeamWarps * kSumsPerTeam),
-        num_splits_((args.width + kUnitDepth - 1) / kUnitDepth),
-        num_units_((args.sort.num_experts + kUnitExperts - 1) / kUnitExperts * num_splits_) {}
+        num_experts_(num_experts),
+        width_(width) {}
 
-  __device__ int num_splits() const { return num_splits_; }
-
-  // All tokens' units, dealt out to the teams of the grid: unit by unit, its tokens in blocks.
-  __device__ void run() {
-    const int num_teams = gridDim.x * (blockDim.x / 32 / kTeamWarps);
-    const int team = threadIdx.x / 32 / kTeamWarps * gridDim.x + blockIdx.x;
-    const int num_tokens = args_.sort.num_tokens;
-    const int blocks = max(1, min(num_tokens, num_teams / num_units_));
-    const int tokens_per_block = (num_tokens + blocks - 1) / blocks;
-    bool waited = false;
-    for (int item = team; item < num_units_ * blocks; item += num_teams) {
-      load_router(item % num_units_);
-      if (!waited) {  // the router's weights are older than the kernel before this one
-        wait_for_previous_kernel();
-        waited = true;
-      }
-      const int first = item / num_units_ * tokens_per_block;
-      multiply(first, min(first + tokens_per_block, num_tokens));
-    }
-    if (!waited) {
-      wait_for_previous_kernel();
-    }
+  __device__ static int num_teams() { return gridDim.x * (blockDim.x / 32 / kTeamWarps); }
+  __device__ static int team() {  // neighbours are on different multiprocessors
+    return threadIdx.x / 32 / kTeamWarps * gridDim.x + blockIdx.x;
   }
 
- private:
-  __device__ void load_router(int unit) {
+  __device__ int num_splits() const { return (width_ + kUnitDepth - 1) / kUnitDepth; }
+  __device__ int num_blocks() const { return (num_experts_ + kUnitExperts - 1) / kUnitExperts; }
+
+  __device__ void load_router(int block, int split) {
     const int lane = threadIdx.x % 32;
-    split_ = unit % num_splits_;
-    expert_ = unit / num_splits_ * kUnitExperts;
-    depth_ = split_ * kUnitDepth + threadIdx.x / 32 % kTeamWarps * 256 + lane * 8;
-    const Router *weights = static_cast<const Router *>(args_.router_weight);
+    expert_ = block * kUnitExperts;
+    depth_ = split * kUnitDepth + threadIdx.x / 32 % kTeamWarps * 256 + lane * 8;
 #pragma unroll
     for (int i = 0; i < kUnitExperts; ++i) {
-      const bool exists = expert_ + i < args_.sort.num_experts && depth_ < args_.width;
-      load_eight(weights + (long long)(expert_ + i) * args_.width + depth_, exists, router_[i]);
+      const bool exists = expert_ + i < num_experts_ && depth_ < width_;
+      load_eight(router_weight_ + (long long)(expert_ + i) * width_ + depth_, exists, router_[i]);
     }
   }
 
+  // The unit's sums for tokens [begin, end), at most kRouterTokens: in shared memory, by quarter.
   __device__ void multiply(int begin, int end) {
     const int lane = threadIdx.x % 32, member = threadIdx.x / 32 % kTeamWarps;
-    const Hidden *hidden = static_cast<const Hidden *>(args_.hidden) + depth_;
+    wait_for_team();  // for those who still read the sums before
 #pragma unroll 2
     for (int token = begin; token < end; ++token) {
       float row[8];
-      load_eight(hidden + (long long)token * args_.width, depth_ < args_.width, row);
+      load_eight(hidden_ + (long long)token * width_ + depth_, depth_ < width_, row);
       float sums[8];
 #pragma unroll
       for (int i = 0; i < kUnitExperts; ++i) {
@@ -116,37 +100,99 @@ class RouterProduct {
       }
     }
     wait_for_team();
-    write_partials(begin, end);
-    wait_for_team();
   }
 
-  __device__ void write_partials(int begin, int end) {
+  // visit(i, token of the block, expert, sum) for the sums that this thread has.
+  template <class Visit>
+  __device__ void for_own_sums(int num_tokens, Visit visit) const {
     const int thread = threadIdx.x % (32 * kTeamWarps);
-    for (int i = thread; i < (end - begin) * kUnitExperts; i += 32 * kTeamWarps) {
-      const int token = i / kUnitExperts, expert = i % kUnitExperts;
-      const float *quarters = sums_ + token * kTeamWarps * kUnitExperts + expert;
-      float sum = quarters[0];
+    const int expert = thread % kUnitExperts;
+    if (expert_ + expert >= num_experts_) {
+      return;
+    }
 #pragma unroll
-      for (int member = 1; member < kTeamWarps; ++member) {
-        sum += quarters[member * kUnitExperts];
-      }
-      if (expert_ + expert < args_.sort.num_experts) {
-        const int row = (begin + token) * num_splits_ + split_;
-        partials_[row * args_.sort.num_experts + expert_ + expert] = sum;
+    for (int i = 0; i < kOwnSums; ++i) {
+      const int token = thread / kUnitExperts + i * kTokensAtOnce;
+      if (token < num_tokens) {
+        const float *quarters = sums_ + token * kTeamWarps * kUnitExperts + expert;
+        float sum = quarters[0];
+#pragma unroll
+        for (int member = 1; member < kTeamWarps; ++member) {
+          sum += quarters[member * kUnitExperts];
+        }
+        visit(i, token, expert_ + expert, sum);
       }
     }
   }
 
+  static constexpr int kTokensAtOnce = 32 * kTeamWarps / kUnitExperts;
+  static constexpr int kOwnSums = kRouterTokens / kTokensAtOnce;
+
+ private:
   __device__ void wait_for_team() {
     const int barrier = 1 + threadIdx.x / 32 / kTeamWarps;  // 0 is the CTA's
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(32 * kTeamWarps) : "memory");
   }
 
-  const light_topk_gate_args &args_;
-  float *partials_, *sums_;
-  int num_splits_, num_units_;
-  int split_, expert_, depth_;
+  const Hidden *hidden_;
+  const Router *router_weight_;
+  float *sums_;
+  int num_experts_, width_;
+  int expert_, depth_;
   float router_[kUnitExperts][8];
 };
+
+// At most kRouterTokens tokens: partials [T, splits, E]. All units, dealt out to the teams of the
+// grid: unit by unit, its tokens in blocks.
+template <typename Hidden, typename Router>
+__device__ inline void write_partials(RouterTeam<Hidden, Router> &team, float *partials,
+                                      int num_tokens, int num_experts) {
+  const int num_splits = team.num_splits(), num_units = team.num_blocks() * num_splits;
+  const int blocks = max(1, min(num_tokens, team.num_teams() / num_units));
+  const int tokens_per_block = (num_tokens + blocks - 1) / blocks;
+  bool waited = false;
+  for (int item = team.team(); item < num_units * blocks; item += team.num_teams()) {
+    const int unit = item % num_units, split = unit % num_splits;
+    team.load_router(unit / num_splits, split);
+    if (!waited) {  // the router's weights are older than the kernel before this one
+      wait_for_previous_kernel();
+      waited = true;
+    }
+    const int begin = item / num_units * tokens_per_block;
+    const int end = min(begin + tokens_per_block, num_tokens);
+    team.multiply(begin, end);
+    team.for_own_sums(end - begin, [&](int, int token, int expert, float sum) {
+      partials[((begin + token) * num_splits + split) * num_experts + expert] = sum;
+    });
+  }
+  if (!waited) {
+    wait_for_previous_kernel();
+  }
+}
+
+// Any number of tokens: logits [T, E], the splits added in order, as the gate adds the partials.
+template <typename Hidden, typename Router>
+__device__ inline void write_logits(RouterTeam<Hidden, Router> &team,
+                                    const light_router_logits_args &args) {
+  using Team = RouterTeam<Hidden, Router>;
+  const int token_blocks = (args.num_tokens + kRouterTokens - 1) / kRouterTokens;
+  wait_for_previous_kernel();
+  for (int item = team.team(); item < team.num_blocks() * token_blocks;
+       item += team.num_teams()) {
+    const int begin = item / team.num_blocks() * kRouterTokens;
+    const int end = min(begin + kRouterTokens, args.num_tokens);
+    float totals[Team::kOwnSums];
+    for (int split = 0; split < team.num_splits(); ++split) {
+      team.load_router(item % team.num_blocks(), split);
+      team.multiply(begin, end);
+      team.for_own_sums(end - begin, [&](int i, int, int, float sum) {
+        totals[i] = split == 0 ? sum : totals[i] + sum;
+      });
+    }
+    team.for_own_sums(end - begin, [&](int i, int token, int expert, float) {
+      args.logits[(long long)(begin + token) * args.num_experts + expert] = totals[i];
+    });
+  }
+}
 
 }  // namespace light::gate

@@ -23,7 +23,9 @@ constexpr int kRouterThreads = 512;
 constexpr int kRouterTokens = 64;
 constexpr int kSumsPerTeam = kRouterTokens * kTeamWarps * kUnitExperts;
 
-LIGHT_GATE_BOTH constexpr int tokens_at_once(int num_experts) { return num_experts <= kFewExperts ? 4 : 1; }
+LIGHT_GATE_BOTH constexpr int tokens_at_once(int num_experts) {
+  return num_experts <= kFewExperts ? 4 : 1;
+}
 
 // The workspace begins with this; all zeros at first. A launch that exchanges counts marks them as
 // present, so a few CTAs wait for nothing but the counts that they read. Rounds take turns with two

@@ -279,7 +279,9 @@ class Sorter {
   }
 
   __device__ void write_offsets(int expert, int pairs, int pair_end, int tile_end) {
-    sort_.counts[expert] = pairs;
+    if (sort_.counts != nullptr) {
+      sort_.counts[expert] = pairs;
+    }
     sort_.offsets[expert + 1] = pair_end;
     sort_.tile_offsets[expert + 1] = tile_end;
     if (expert == 0) {

@@ -6,6 +6,7 @@ library's matrix product, and each matrix instruction that our kernels issue.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Callable
@@ -156,6 +157,7 @@ def _seconds(call: Callable[[], object], seconds: float = 0.03) -> float:
 
 def main() -> None:
     """Print this card's ceilings as JSON."""
+    argparse.ArgumentParser(description=__doc__, allow_abbrev=False).parse_args()
     print(json.dumps(measure().to_json(), indent=1))
 
 

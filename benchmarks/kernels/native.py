@@ -82,9 +82,11 @@ class Launch:
     def scratch(self, library: Library, groups: Groups, weight_rows: int, rows: Tensor) -> Scratch:
         """Memory for partial sums and tickets, to be kept until the launch is enqueued."""
         sizes = (groups.num_pairs, len(groups.offsets) - 1, weight_rows, self.depth_splits)
-        split = self.depth_splits > 1
-        needs = library.split_needs(self.tile.fields, *sizes) if split else (0, 0)
-        return Scratch(Plan(self.tile, self.depth_splits, *needs), rows.device)
+        plan = Plan(self.tile, self.tile.fields)
+        if self.depth_splits > 1:
+            needs = library.split_needs(self.tile.fields, *sizes)
+            plan = Plan(self.tile, self.tile.fields, self.depth_splits, *needs)
+        return Scratch(plan, rows.device)
 
 
 def grouped_gemm(

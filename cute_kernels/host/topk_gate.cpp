@@ -84,7 +84,7 @@ light_status check_sort(const char *stem, const light_pair_sort &sort) {
     return LIGHT_OK;
   }
   const bool has_pairs = sort.num_tokens > 0;
-  if (sort.counts == nullptr || sort.tile_offsets == nullptr || sort.workspace == nullptr ||
+  if (sort.tile_offsets == nullptr || sort.workspace == nullptr ||
       (has_pairs && (sort.pair_row == nullptr || sort.pair_index == nullptr ||
                      sort.tile_groups == nullptr))) {
     return fail(LIGHT_BAD_ARGUMENT, "%s: an output of the sort or the workspace is null", stem);
@@ -214,6 +214,36 @@ light_status light_topk_gate(const light_topk_gate_args *args, light_dtype input
     return gate_from_logits(*args, input, max_ctas, stream);
   }
   return gate_from_hidden(*args, input, router, max_ctas, stream);
+}
+
+light_status light_router_logits(const light_router_logits_args *args, light_dtype input,
+                                 light_dtype router, int max_ctas, light_stream stream) {
+  using namespace light;
+  if (args == nullptr || args->num_tokens < 0 || args->num_experts < 1 || args->width < 8 ||
+      args->width % 8 != 0 || input == LIGHT_FLOAT32 ||
+      (router != input && router != LIGHT_FLOAT32)) {
+    return fail(LIGHT_BAD_ARGUMENT,
+                "router_logits: needs 16-bit rows, a router of their dtype or fp32, and a width "
+                "that is a multiple of 8");
+  }
+  if (args->num_tokens == 0) {
+    return LIGHT_OK;
+  }
+  if (args->hidden == nullptr || args->router_weight == nullptr || args->logits == nullptr) {
+    return fail(LIGHT_BAD_ARGUMENT, "router_logits: hidden, router_weight or logits is null");
+  }
+  const std::string name = "router_logits_" + dtype_name(input) + "_" + dtype_name(router);
+  const Kernel *kernel = nullptr;
+  LIGHT_TRY(find_kernel(kProgram, name, gate::kRouterThreads, gate::router_shared_bytes(),
+                        &kernel));
+  const int teams_per_cta = gate::kRouterThreads / 32 / gate::kTeamWarps;
+  const long long num_items =
+      1LL * ceil_div(args->num_experts, gate::kUnitExperts) *
+      ceil_div(args->num_tokens, gate::kRouterTokens);
+  const int most = max_ctas > 0 ? std::min(max_ctas, kernel->resident_ctas())
+                                : kernel->resident_ctas();
+  const int grid = std::min(ceil_div(num_items, teams_per_cta), most);
+  return launch(*kernel, {static_cast<unsigned int>(grid)}, *args, stream);
 }
 
 light_status light_sort_pairs(const light_sort_pairs_args *args, int max_ctas,

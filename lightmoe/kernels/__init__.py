@@ -6,27 +6,27 @@ are one: row-invariant.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightmoe.kernels import reference
 from lightmoe.kernels.checks import is_native
+from lightmoe.kernels.combine import combine as _combine
 from lightmoe.kernels.grouped_gemm import grouped_gemm as _grouped_gemm
 from lightmoe.kernels.grouped_gemm import plan_weights
 from lightmoe.kernels.groups import PairGroups
 from lightmoe.kernels.matmul import matmul as _matmul
+from lightmoe.kernels.permute import permute as _permute
+from lightmoe.kernels.permute import permute_int8 as _permute_int8
 from lightmoe.kernels.quant_gemm import plan_quantized
 from lightmoe.kernels.quant_gemm import quant_gemm as _quant_gemm
-from lightmoe.kernels.reference import (
-    QuantizedMatrix,
-    combine,
-    permute,
-    route_tokens,
-    sort_pairs,
-    swiglu,
-    topk_gate,
-)
+from lightmoe.kernels.reference import QuantizedMatrix, swiglu
+from lightmoe.kernels.sort_pairs import sort_pairs as _sort_pairs
+from lightmoe.kernels.topk_gate import route_tokens as _route_tokens
+from lightmoe.kernels.topk_gate import topk_gate as _topk_gate
 
 __all__ = [
     "PairGroups",
@@ -36,6 +36,7 @@ __all__ = [
     "grouped_gemm",
     "matmul",
     "permute",
+    "permute_int8",
     "quant_gemm",
     "route_tokens",
     "sort_pairs",
@@ -44,80 +45,47 @@ __all__ = [
     "topk_gate",
 ]
 
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
-def matmul(
-    rows: Tensor,
-    weight: Tensor,
-    *,
-    swiglu: bool = False,
-    output_float32: bool = False,
-    deterministic: bool = True,
-) -> Tensor:
-    """rows @ weight.T: [R, D] x [N, D] -> [R, N], with `swiglu` silu(gate) * up [R, N / 2]."""
-    if is_native(rows):
-        return _matmul(
-            rows,
-            weight,
-            swiglu=swiglu,
-            output_float32=output_float32,
-            deterministic=deterministic,
+_OF_GPUS = ("deterministic", "max_ctas")
+"""Arguments that say how, not what; the reference has one way."""
+
+
+def _by_tensor(
+    native: Callable[_Parameters, _Result],
+    specification: Callable[..., _Result],
+    takes: Callable[[Tensor], bool] = is_native,
+) -> Callable[_Parameters, _Result]:
+    """`native` where its first argument says so, else the specification."""
+
+    @functools.wraps(native)
+    def operator(*tensors: _Parameters.args, **options: _Parameters.kwargs) -> _Result:
+        first: Any = tensors[0]
+        logits: Any = options.get("logits")  # in place of the hidden states; the kernels take fp32
+        if takes(first) if first is not None else logits.is_cuda:
+            return native(*tensors, **options)
+        return specification(
+            *tensors, **{name: option for name, option in options.items() if name not in _OF_GPUS}
         )
-    return reference.matmul(rows, weight, swiglu=swiglu, output_float32=output_float32)
+
+    return operator
 
 
-def grouped_gemm(
-    rows: Tensor,
-    weights: Tensor,
-    groups: PairGroups,
-    row_index: Tensor | None = None,
-    *,
-    swiglu: bool = False,
-    pair_weight: Tensor | None = None,
-    max_ctas: int | None = None,
-    deterministic: bool = True,
-) -> Tensor:
-    """Products of sorted pairs, each with its group's slot: [R, D] x [S, N, D] -> [P, N].
-
-    More in reference.grouped_gemm; `max_ctas` bounds the multiprocessors used on a GPU.
-    """
-    if is_native(rows):
-        return _grouped_gemm(
-            rows,
-            weights,
-            groups,
-            row_index,
-            swiglu=swiglu,
-            pair_weight=pair_weight,
-            max_ctas=max_ctas,
-            deterministic=deterministic,
-        )
-    return reference.grouped_gemm(
-        rows, weights, groups, row_index, swiglu=swiglu, pair_weight=pair_weight
-    )
+def _chosen_natively(experts: Tensor) -> bool:
+    """The kernels' experts are int32, the reference's int64."""
+    return experts.is_cuda and experts.dtype == torch.int32
 
 
-def quant_gemm(
-    rows: Tensor,
-    experts: QuantizedMatrix,
-    groups: PairGroups,
-    row_index: Tensor | None = None,
-    *,
-    pair_weight: Tensor | None = None,
-    max_ctas: int | None = None,
-    deterministic: bool = True,
-) -> Tensor:
-    """grouped_gemm with quantised weights: [R, D] -> [P, num_features]; reference.quant_gemm."""
-    if is_native(rows):
-        return _quant_gemm(
-            rows,
-            experts,
-            groups,
-            row_index,
-            pair_weight=pair_weight,
-            max_ctas=max_ctas,
-            deterministic=deterministic,
-        )
-    return reference.quant_gemm(rows, experts, groups, row_index, pair_weight=pair_weight)
+topk_gate = _by_tensor(_topk_gate, reference.topk_gate)
+route_tokens = _by_tensor(_route_tokens, reference.route_tokens)
+sort_pairs = _by_tensor(_sort_pairs, reference.sort_pairs, _chosen_natively)
+permute = _by_tensor(_permute, reference.permute)
+permute_int8 = _by_tensor(_permute_int8, reference.permute_int8)
+matmul = _by_tensor(_matmul, reference.matmul)
+grouped_gemm = _by_tensor(_grouped_gemm, reference.grouped_gemm)
+quant_gemm = _by_tensor(_quant_gemm, reference.quant_gemm)
+combine = _by_tensor(_combine, reference.combine)
 
 
 def tokens_per_tile(
@@ -129,17 +97,16 @@ def tokens_per_tile(
     deterministic: bool = True,
 ) -> int:
     """How many pairs a tile has in the product with these weights: what sorting needs to know."""
-    if not isinstance(weights, Tensor):
-        if not is_native(weights.scales):
-            return reference.BLOCK_ROWS
-        return plan_quantized(
-            weights, num_pairs, num_groups, deterministic=deterministic
-        ).tile.tokens
-    if not is_native(weights):
+    numbers = weights if isinstance(weights, Tensor) else weights.scales
+    if not is_native(numbers):
         return reference.BLOCK_ROWS
-    return plan_weights(
-        weights, num_pairs, num_groups, swiglu=swiglu, deterministic=deterministic
-    ).tile.tokens
+    if isinstance(weights, Tensor):
+        plan = plan_weights(
+            weights, num_pairs, num_groups, swiglu=swiglu, deterministic=deterministic
+        )
+    else:
+        plan = plan_quantized(weights, num_pairs, num_groups, deterministic=deterministic)
+    return plan.tile.tokens
 
 
 def equal_groups(weights: Tensor, pairs_per_group: int) -> PairGroups:

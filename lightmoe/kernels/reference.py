@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -50,52 +50,102 @@ def _product(rows: Tensor, weight: Tensor) -> Tensor:
     return product
 
 
+Scoring = Literal["softmax", "sigmoid"]
+"""How logits become scores."""
+
+
 def topk_gate(
-    hidden: Tensor,
-    router_weight: Tensor,
+    hidden: Tensor | None,
+    router_weight: Tensor | None,
     num_experts_per_token: int,
     *,
+    logits: Tensor | None = None,
     renormalize: bool,
     scale: float = 1.0,
     num_groups: int = 1,
     num_groups_per_token: int = 1,
+    scoring: Scoring = "softmax",
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose experts: [T, D] x [E, D] -> experts int64 [T, K], weights fp32 [T, K].
 
-    Softmax over all experts in fp32, the K best in descending order, ties to the lowest index;
-    `renormalize` divides the K weights by their sum (Mixtral), `scale` multiplies them
-    (DeepSeek's routed_scaling_factor). The logits are computed in the dtype of `router_weight`.
+    Scores are the softmax over all experts in fp32, or sigmoids, the K best in descending order,
+    ties to the lowest index; `renormalize` divides the K weights by their sum (Mixtral), `scale`
+    multiplies them (DeepSeek's routed_scaling_factor). `logits` [T, E] may be given instead of
+    `hidden`; else they are computed in the dtype of `router_weight`. A logit that is NaN counts as
+    -inf. Where infinite logits leave softmax undefined, the largest share the weight evenly.
 
-    With more than one group (DeepSeek-V2's group_limited_greedy) experts count in `num_groups`
-    equal groups of neighbours; only the `num_groups_per_token` groups with the best single expert
-    take part, ties to the lowest group. They need to hold K experts.
+    `bias` fp32 [E] is added to sigmoid scores for the choice, not for the weights (DeepSeek-V3).
+
+    With more than one group experts count in `num_groups` equal groups of neighbours; only the best
+    `num_groups_per_token` groups take part, ties to the lowest group. They need to hold K experts.
+    A group is as good as its best expert with softmax (DeepSeek-V2's group_limited_greedy), as the
+    sum of its two best biased scores with sigmoid (DeepSeek-V3's noaux_tc).
     """
-    scores = matmul(hidden.to(router_weight.dtype), router_weight).float().softmax(dim=-1)
+    if logits is None:
+        assert hidden is not None, "logits or hidden"
+        assert router_weight is not None, "hidden comes with router_weight"
+        logits = matmul(hidden.to(router_weight.dtype), router_weight)
+    candidates = logits = _without_nan(logits.float())
+    if scoring == "softmax":
+        scores = _softmax(logits)
+    else:
+        scores = _sigmoid(logits)
+        candidates = scores if bias is None else _without_nan(scores + bias)
+    experts = torch.sort(candidates, dim=-1, descending=True, stable=True).indices
     if num_groups_per_token < num_groups:
-        scores = _keep_best_groups(scores, num_groups, num_groups_per_token)
-    best = torch.sort(scores, dim=-1, descending=True, stable=True)
-    weights = best.values[:, :num_experts_per_token]
+        groups = candidates.unflatten(1, (num_groups, -1))
+        num_best = 1 if scoring == "softmax" else 2
+        quality = _without_nan(groups.topk(num_best, dim=-1).values.sum(dim=-1))
+        left_out = _not_among_best(quality, num_groups_per_token)
+        left_out = left_out.repeat_interleave(groups.shape[2], dim=1).gather(1, experts)
+        experts = experts.gather(1, torch.sort(left_out.byte(), dim=-1, stable=True).indices)
+    experts = experts[:, :num_experts_per_token].contiguous()
+    weights = scores.gather(1, experts)
     if renormalize:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return best.indices[:, :num_experts_per_token].contiguous(), weights * scale
+        # Sigmoid scores may all be 0; so little changes no other sum.
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return experts, weights * scale
 
 
-def _keep_best_groups(scores: Tensor, num_groups: int, num_groups_per_token: int) -> Tensor:
-    """Scores [T, E] with -1, less than any score, in all but each token's best groups."""
-    grouped: Tensor = scores.unflatten(1, (num_groups, -1))
-    order = torch.sort(grouped.amax(dim=-1), dim=-1, descending=True, stable=True).indices
+def _without_nan(values: Tensor) -> Tensor:
+    return values.masked_fill(values.isnan(), float("-inf"))
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Rows with an infinite maximum are shared among the elements that have it."""
+    largest = logits.amax(dim=-1, keepdim=True)
+    shared = torch.zeros_like(logits).masked_fill(logits != largest, float("-inf"))
+    return torch.where(largest.isinf(), shared, logits).softmax(dim=-1)
+
+
+def _sigmoid(logits: Tensor) -> Tensor:
+    """As a softmax of two, whose bits do not depend on an element's place in memory."""
+    finite = logits.clamp(-1e4, 1e4)
+    return torch.stack((finite, torch.zeros_like(finite)), dim=-1).softmax(dim=-1)[..., 0]
+
+
+def _not_among_best(values: Tensor, num_best: int) -> Tensor:
+    """True [T, G] for all but each row's best, ties to the lowest index."""
+    order = torch.sort(values, dim=-1, descending=True, stable=True).indices
     left_out = torch.ones_like(order, dtype=torch.bool)
-    left_out.scatter_(1, order[:, :num_groups_per_token], False)
-    return grouped.masked_fill(left_out[:, :, None], -1.0).flatten(1)
+    return left_out.scatter_(1, order[:, :num_best], False)
 
 
 def sort_pairs(
-    experts: Tensor, num_experts: int, slots: Tensor, tokens_per_tile: int
+    experts: Tensor,
+    num_experts: int,
+    slots: Tensor,
+    tokens_per_tile: int,
+    *,
+    weights: Tensor | None = None,
+    pair_weight: Tensor | None = None,
 ) -> tuple[PairGroups, Tensor, Tensor]:
     """Pairs of experts [T, K], by expert, then token: groups, pair_row [P], pair_index [T, K].
 
     Group e holds the pairs of expert e, whose weight is slot `slots`[e]. `pair_row` is each pair's
-    token, `pair_index` where each pair went, both int32.
+    token, `pair_index` where each pair went, both int32. Where it is given, `pair_weight` fp32 [P]
+    is written with the `weights` [T, K] of the sorted pairs.
     """
     flat = experts.flatten().long()
     order = torch.argsort(flat, stable=True)
@@ -112,6 +162,9 @@ def sort_pairs(
         tokens_per_tile=tokens_per_tile,
         num_pairs=len(order),
     )
+    if pair_weight is not None:
+        assert weights is not None, "pair_weight comes with weights"
+        pair_weight.copy_(weights.flatten()[order])
     return groups, (order // experts.shape[1]).int(), pair_index.view_as(experts)
 
 
@@ -123,33 +176,69 @@ def _first_of_each(counts: Tensor) -> Tensor:
 
 
 def route_tokens(
-    hidden: Tensor,
-    router_weight: Tensor,
+    hidden: Tensor | None,
+    router_weight: Tensor | None,
     num_experts_per_token: int,
     *,
     slots: Tensor,
     tokens_per_tile: int,
+    logits: Tensor | None = None,
     renormalize: bool,
     scale: float = 1.0,
     num_groups: int = 1,
     num_groups_per_token: int = 1,
+    scoring: Scoring = "softmax",
+    bias: Tensor | None = None,
+    pair_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, PairGroups, Tensor, Tensor]:
     """topk_gate, then sort_pairs: experts, weights, groups, pair_row, pair_index."""
     experts, weights = topk_gate(
         hidden,
         router_weight,
         num_experts_per_token,
+        logits=logits,
         renormalize=renormalize,
         scale=scale,
         num_groups=num_groups,
         num_groups_per_token=num_groups_per_token,
+        scoring=scoring,
+        bias=bias,
     )
-    return experts, weights, *sort_pairs(experts, len(router_weight), slots, tokens_per_tile)
+    pairs = sort_pairs(
+        experts, len(slots), slots, tokens_per_tile, weights=weights, pair_weight=pair_weight
+    )
+    return experts, weights, *pairs
 
 
 def permute(rows: Tensor, row_index: Tensor) -> Tensor:
     """Pack rows in the order they are sent: [R, D], [N] -> [N, D]."""
     return rows.index_select(0, row_index)
+
+
+def permute_int8(rows: Tensor, row_index: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows for the wire, one scale a row: [R, D], [N] -> int8 [N, D], scales fp32 [N].
+
+    A scale is the row's largest magnitude / 127; a value is the element * (127 / magnitude), to the
+    nearest, ties to even. A row whose elements are all under 1e-30 has scale 0. A row with an
+    element that is not finite has scale NaN: it comes back as NaN.
+    """
+    picked = permute(rows, row_index).float()
+    magnitude = picked.abs().amax(dim=-1)
+    magnitude = torch.where(magnitude.isfinite(), magnitude, float("nan"))
+    # Divided as tensors: with a number torch multiplies by its reciprocal on a GPU.
+    steps = torch.full_like(magnitude, 127.0)
+    is_zero = magnitude < 1e-30
+    inverse = torch.where(is_zero, 0.0, steps / magnitude)
+    values = (picked * inverse[:, None]).round().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return values.to(torch.int8), torch.where(is_zero, 0.0, magnitude / steps)
+
+
+def dequantize_rows(
+    packed: Tensor, scales: Tensor, dtype: torch.dtype, row_index: Tensor | None = None
+) -> Tensor:
+    """Back from permute_int8: scale * value rounded to `dtype`, [R, D], [R] -> [R, D] or [N, D]."""
+    rows = packed.float() * scales[:, None]
+    return (rows if row_index is None else permute(rows, row_index)).to(dtype)
 
 
 def grouped_gemm(
@@ -249,14 +338,18 @@ def _gated(gate_up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def combine(pairs: Tensor, pair_index: Tensor, weights: Tensor | None) -> Tensor:
+def combine(
+    pairs: Tensor, pair_index: Tensor, weights: Tensor | None, addend: Tensor | None = None
+) -> Tensor:
     """Sum of each token's weighted pairs, fp32, ascending k: [P, D], [T, K], [T, K] -> [T, D].
 
-    Without weights the pairs are weighted already.
+    Without weights the pairs are weighted already. `addend` [T, D] is added last.
     """
     num_tokens, num_experts_per_token = pair_index.shape
     total = torch.zeros(num_tokens, pairs.shape[1], dtype=torch.float32, device=pairs.device)
     for k in range(num_experts_per_token):
         pair = pairs.index_select(0, pair_index[:, k]).float()
         total += pair if weights is None else weights[:, k, None] * pair
+    if addend is not None:
+        total += addend
     return total.to(pairs.dtype)

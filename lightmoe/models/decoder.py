@@ -112,6 +112,7 @@ def _moe(layer: int, prefix: str, parts: Parts, load: LoadCounter) -> MoELayer:
         scale=config.routed_scaling_factor,
         num_groups=config.num_expert_groups,
         num_groups_per_token=config.num_groups_per_token,
+        deterministic=parts.deterministic,
     )
     experts = Experts(parts.pool, deterministic=parts.deterministic)
     dispatcher = make_dispatcher(parts.group, layer, router_weight.device, experts.tokens_per_tile)

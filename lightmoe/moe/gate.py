@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightmoe import kernels
@@ -17,25 +19,44 @@ class SortedPairs:
     """The pairs of a choice where all of them stay here.
 
     groups: one an expert; pair_row int32 [P] the token of each sorted pair; pair_index int32 [T, K]
-    where each pair went.
+    where each pair went; pair_weight fp32 [P] the weight of each sorted pair, where asked for.
     """
 
     groups: PairGroups
     pair_row: Tensor
     pair_index: Tensor
+    pair_weight: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class PairSort:
-    """How to sort: the slot of each expert, int32 [E], and how many pairs make a tile of P."""
+    """How to sort: the slot of each expert, int32 [E], and how many of P pairs make a tile.
+
+    `weighted` asks for the weights in the order of the pairs.
+    """
 
     slots: Tensor
     tokens_per_tile: Callable[[int], int]
+    weighted: bool
 
-    def __call__(self, experts: Tensor) -> SortedPairs:
-        """Sort the pairs of experts [T, K]."""
-        tokens = self.tokens_per_tile(experts.numel())
-        return SortedPairs(*kernels.sort_pairs(experts, len(self.slots), self.slots, tokens))
+    def __call__(self, experts: Tensor, weights: Tensor) -> SortedPairs:
+        """Sort the pairs of experts [T, K] and weights [T, K]."""
+        pair_weight = self.room(experts.shape)
+        groups, pair_row, pair_index = kernels.sort_pairs(
+            experts,
+            len(self.slots),
+            self.slots,
+            self.tokens_per_tile(experts.numel()),
+            weights=None if pair_weight is None else weights,
+            pair_weight=pair_weight,
+        )
+        return SortedPairs(groups, pair_row, pair_index, pair_weight)
+
+    def room(self, shape: Sequence[int]) -> Tensor | None:
+        """Where the weights of T x K pairs will be, if they are asked for."""
+        if not self.weighted:
+            return None
+        return torch.empty(math.prod(shape), dtype=torch.float32, device=self.slots.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +80,7 @@ class Gate:
         scale: float = 1.0,
         num_groups: int = 1,
         num_groups_per_token: int = 1,
+        deterministic: bool = True,
     ) -> None:
         self.router_weight = router_weight
         self.how: dict[str, Any] = {
@@ -67,18 +89,21 @@ class Gate:
             "scale": scale,
             "num_groups": num_groups,
             "num_groups_per_token": num_groups_per_token,
+            "deterministic": deterministic,
         }
 
     def __call__(self, hidden: Tensor, sort: PairSort | None = None) -> Choice:
         """[T, D] -> the choice of each token; with `sort` also the sorted pairs, in one launch."""
         if sort is None:
             return Choice(*kernels.topk_gate(hidden, self.router_weight, **self.how))
-        num_pairs = len(hidden) * self.how["num_experts_per_token"]
+        shape = (len(hidden), self.how["num_experts_per_token"])
+        pair_weight = sort.room(shape)
         experts, weights, groups, pair_row, pair_index = kernels.route_tokens(
             hidden,
             self.router_weight,
             slots=sort.slots,
-            tokens_per_tile=sort.tokens_per_tile(num_pairs),
+            tokens_per_tile=sort.tokens_per_tile(math.prod(shape)),
+            pair_weight=pair_weight,
             **self.how,
         )
-        return Choice(experts, weights, SortedPairs(groups, pair_row, pair_index))
+        return Choice(experts, weights, SortedPairs(groups, pair_row, pair_index, pair_weight))

@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 import torch
-from adapters import Unsupported, grouped_mm, transformers_experts, vllm_layer
+from adapters import Unsupported, grouped_mm, lightmoe_layer, transformers_experts, vllm_layer
 from checking import PEER_LIMIT, poisoned
 from floors import Shape
 from problem import Problem, make_logits, make_weights, reference, relative_error
@@ -25,6 +25,16 @@ def test_transformers_experts_compute_the_layer(renormalize: bool) -> None:
     problem = a_problem(renormalize=renormalize)
     call = transformers_experts.make(problem)
     assert relative_error(poisoned(call, problem), reference(problem)) < PEER_LIMIT
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int4"])
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_our_own_layer_by_the_reference_road(dtype: str, renormalize: bool) -> None:
+    problem = a_problem(dtype, renormalize=renormalize)
+    call = lightmoe_layer.make(problem)
+    assert relative_error(poisoned(call, problem), reference(problem)) < PEER_LIMIT
+    assert call.tile == "reference"  # type: ignore[attr-defined]
+    assert list(lightmoe_layer.steps(problem)) == ["route", "gate_up", "down", "combine"]
 
 
 def test_what_an_implementation_lacks_it_says() -> None:

@@ -205,7 +205,7 @@ def test_a_kernel_that_does_not_compile(module, checkout: Path, tmp_path: Path) 
     source = tmp_path / "wrong.cu"
     source.write_text("__global__ void wrong() { undeclared(); }\n")
     with pytest.raises(nvrtc.CompileError, match=r"(?s)wrong.cu does not compile.*undeclared"):
-        nvrtc.compile_program(tools.nvrtc, source, ["--gpu-architecture=sm_75"], as_ptx=False)
+        nvrtc.compile_program(tools.nvrtc(75), source, ["--gpu-architecture=sm_75"], as_ptx=False)
 
 
 def test_what_ptxas_says(module) -> None:

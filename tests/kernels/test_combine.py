@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightmoe import kernels
+from lightmoe.kernels import reference
 from tests.kernels.rows import NUM_ROWS, assert_row_invariant, random_rows
 
 
@@ -61,3 +62,12 @@ def test_combine_of_no_tokens_is_empty() -> None:
     empty = torch.empty(0, 2, dtype=torch.int64)
 
     assert kernels.combine(torch.empty(0, 5), empty, torch.empty(0, 2)).shape == (0, 5)
+
+
+def test_the_addend_comes_last() -> None:
+    # 1e8 - 1e8 + 1 is 1 in fp32, and 0 where the 1 comes before.
+    pairs, addend = torch.tensor([[1e8], [-1e8]]), torch.tensor([[1.0]])
+
+    combined = reference.combine(pairs, torch.tensor([[0, 1]]), torch.ones(1, 2), addend)
+
+    assert combined.tolist() == [[1.0]]

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightmoe.core import SequenceStep
+from lightmoe.kernels.library import read_manifest, using
 from lightmoe.layers.attention import AttentionStep, KVCache
 from lightmoe.layers.batched_attention import one_kernel
 from lightmoe.models.checkpoint import read_index
@@ -196,6 +197,19 @@ def test_other_architectures_stay_near_float32(
 
     # The scores of a made-up router are nearer to each other than a trained one's: not counted.
     assert_near(found.logits, forward(tmp_path, "float32", prompts, found.experts).logits)
+
+
+def test_the_turing_road_stays_near_float32(lite: tuple[Path, list[list[int]]]) -> None:
+    """The PTX of compute_75, which the driver compiles for a newer card."""
+    manifest = read_manifest()
+    if manifest is None or "75ptx" not in manifest.kernels:
+        pytest.skip("no 75ptx here; build it: make kernels ARCHS=native,75ptx")
+    folder, prompts = lite
+
+    with using(architecture="75ptx"):
+        found = forward(folder, "float16", prompts)
+
+    assert_near(found.logits, forward(folder, "float32", prompts, found.experts).logits)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 200])

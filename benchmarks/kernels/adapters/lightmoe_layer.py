@@ -120,8 +120,8 @@ def slots_of(num_experts: int, device: torch.device) -> Tensor:
 def choose(problem: Problem, tokens_per_tile: int) -> Routing:
     """Scores, top-k and permutation from the logits."""
     shape = problem.shape
-    _, *routed = kernels.route_tokens(
-        None,
+    _, weights, groups, pair_row, pair_index = kernels.route_tokens(
+        problem.hidden,  # says which road; the logits are given
         None,
         shape.num_experts_per_token,
         logits=problem.logits,
@@ -129,7 +129,7 @@ def choose(problem: Problem, tokens_per_tile: int) -> Routing:
         tokens_per_tile=tokens_per_tile,
         renormalize=shape.renormalize,
     )
-    return Routing(*routed)
+    return Routing(weights, groups, pair_row, pair_index)
 
 
 def gate_up(problem: Problem, experts: Experts, routing: Routing) -> Tensor:

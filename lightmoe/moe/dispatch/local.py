@@ -23,33 +23,33 @@ class LocalDispatcher:
         self._group = group
         self._layer = layer
         slots = torch.from_numpy(group.placement.slot_table[layer, :, group.rank]).to(device)
-        self.pair_sort: PairSort | None = PairSort(
-            slots, lambda num_pairs: tokens_per_tile(num_pairs, len(slots))
+        self._sort = PairSort(
+            slots,
+            lambda num_pairs: tokens_per_tile(num_pairs, len(slots)),
+            weighted=not group.deterministic,
         )
-        self._sort = self.pair_sort
+        self.pair_sort: PairSort | None = self._sort
 
     def route(self, choice: Choice, num_chunks: int) -> list[Receipt]:
         """The pairs of each chunk, sorted by expert."""
         num_tokens = len(choice.experts)
         if choice.pairs is not None:
             assert num_chunks == 1, "pairs that the gate sorted are those of all tokens"
-            return [self._receipt(choice, choice.pairs, slice(0, num_tokens))]
+            return [self._receipt(choice.pairs, slice(0, num_tokens))]
         spans = (chunk_of(num_tokens, chunk, num_chunks) for chunk in range(num_chunks))
-        return [self._receipt(choice, self._sort(choice.experts[span]), span) for span in spans]
+        return [
+            self._receipt(self._sort(choice.experts[span], choice.weights[span]), span)
+            for span in spans
+        ]
 
-    def _receipt(self, choice: Choice, pairs: SortedPairs, span: slice) -> Receipt:
+    def _receipt(self, pairs: SortedPairs, span: slice) -> Receipt:
         self._group.layer_pairs[self._layer] += pairs.groups.num_pairs
-        pair_weight = None
-        if not self._group.deterministic:
-            weights = choice.weights[span].flatten()
-            pair_weight = torch.empty_like(weights)
-            pair_weight[pairs.pair_index.flatten()] = weights
         return Receipt(
             tokens=span,
             pair_row=pairs.pair_row,
             groups=pairs.groups,
             pair_index=pairs.pair_index,
-            pair_weight=pair_weight,
+            pair_weight=pairs.pair_weight,
         )
 
     def dispatch(self, hidden: Tensor, receipt: Receipt) -> Tensor:

@@ -1,0 +1,125 @@
+"""Pairs sorted by expert with their table of tiles, by liblight_ops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightmoe.errors import UsageError
+from lightmoe.kernels.checks import require_cuda, require_dtype, require_shape
+from lightmoe.kernels.groups import PairGroups
+from lightmoe.kernels.library import address, library
+from lightmoe.kernels.workspace import workspace_of
+
+MAX_EXPERTS = 512
+MAX_EXPERTS_PER_TOKEN = 16
+
+_STEM = "sort_pairs"
+
+
+def sort_pairs(
+    experts: Tensor,
+    num_experts: int,
+    slots: Tensor,
+    tokens_per_tile: int,
+    *,
+    weights: Tensor | None = None,
+    pair_weight: Tensor | None = None,
+) -> tuple[PairGroups, Tensor, Tensor]:
+    """Pairs of experts [T, K] by expert, then token: groups, pair_row int32 [P], pair_index [T, K].
+
+    Experts are of int32, or of another integer type at the cost of a copy. `pair_weight` fp32 [P]
+    is written from `weights` [T, K] where it is given.
+    """
+    require_shape(_STEM, "experts", experts, None, None)
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise UsageError(f"{_STEM}: {num_experts} experts; it takes 1 to {MAX_EXPERTS}")
+    if not 1 <= experts.shape[1] <= MAX_EXPERTS_PER_TOKEN:
+        raise UsageError(
+            f"{_STEM}: experts has size {experts.shape[1]} in dimension 1; it takes 1 to"
+            f" {MAX_EXPERTS_PER_TOKEN}"
+        )
+    if (weights is None) != (pair_weight is None):
+        raise UsageError(f"{_STEM}: weights and pair_weight go together; give both or none")
+    if weights is not None:
+        require_shape(_STEM, "weights", weights, *experts.shape)
+        require_dtype(_STEM, "weights", weights, torch.float32)
+        weights = weights.contiguous()
+    require_cuda(_STEM, experts=experts, slots=slots, weights=weights, pair_weight=pair_weight)
+    experts = experts.to(torch.int32).contiguous()
+    table = PairTable.empty(experts, num_experts, slots, tokens_per_tile)
+    library().launch(
+        _STEM,
+        experts.device,
+        experts=address(experts),
+        weights=address(weights),
+        sort=table.fields(num_experts, experts, pair_weight, None),
+        max_ctas=0,
+    )
+    return table.groups, table.pair_row, table.pair_index
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """What a sort of pairs writes."""
+
+    groups: PairGroups
+    pair_row: Tensor
+    pair_index: Tensor
+
+    @classmethod
+    def empty(
+        cls, experts: Tensor, num_experts: int, slots: Tensor, tokens_per_tile: int
+    ) -> PairTable:
+        """Room for the pairs of experts [T, K] on their device."""
+        require_shape(_STEM, "slots", slots, num_experts)
+        require_dtype(_STEM, "slots", slots, torch.int32)
+        if tokens_per_tile < 1 or tokens_per_tile & (tokens_per_tile - 1):
+            raise UsageError(f"{_STEM}: tokens_per_tile {tokens_per_tile} is no power of two")
+        num_pairs = experts.numel()
+        most_tiles = num_pairs // tokens_per_tile + min(num_experts, num_pairs)
+        sizes = [num_pairs, num_pairs, num_experts + 1, num_experts + 1, most_tiles]
+        memory = torch.empty(sum(sizes), dtype=torch.int32, device=experts.device)
+        pair_row, pair_index, offsets, tile_offsets, tile_groups = memory.split(sizes)
+        groups = PairGroups(slots, offsets, tile_offsets, tile_groups, tokens_per_tile, num_pairs)
+        return cls(groups, pair_row, pair_index.view(experts.shape))
+
+    def fields(
+        self,
+        num_experts: int,
+        experts: Tensor,
+        pair_weight: Tensor | None,
+        expert_counts: Tensor | None,
+    ) -> tuple[int, ...]:
+        """light_pair_sort, but what the launcher fills in."""
+        if pair_weight is not None:
+            require_shape(_STEM, "pair_weight", pair_weight, self.groups.num_pairs)
+            require_dtype(_STEM, "pair_weight", pair_weight, torch.float32)
+        if expert_counts is not None:
+            require_shape(_STEM, "expert_counts", expert_counts, num_experts)
+            require_dtype(_STEM, "expert_counts", expert_counts, torch.int32)
+        require_cuda(
+            _STEM,
+            experts=experts,
+            slots=self.groups.slots,
+            pair_weight=pair_weight,
+            expert_counts=expert_counts,
+        )
+        workspace = workspace_of(experts.device)
+        return (
+            address(self.pair_row),
+            address(self.pair_index),
+            address(pair_weight),
+            address(self.groups.offsets),
+            address(expert_counts),
+            address(self.groups.tile_offsets),
+            address(self.groups.tile_groups),
+            address(workspace),
+            workspace.numel(),
+            self.groups.tokens_per_tile,
+            len(experts),
+            num_experts,
+            experts.shape[1],
+        )

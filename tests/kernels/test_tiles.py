@@ -1,0 +1,239 @@
+"""The choice of a tile: there always is one, it fits, and the others are refused with a number."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from lightmoe.kernels.tiles import (
+    SHARED_BYTES,
+    Product,
+    Tile,
+    candidates,
+    choose_depth_splits,
+    choose_tile,
+    rejections,
+)
+from tests.kernels.layouts.host import compile_library, kernels_module
+
+ARCHITECTURES = [75, 80, 86, 89, 90]
+# What one multiprocessor has, CUDA C++ programming guide, "Technical specifications".
+SM_SHARED_BYTES = {75: 64 << 10, 80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10}
+SM_THREADS = {75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048}
+RESERVED_BYTES = {75: 0, 80: 1 << 10, 86: 1 << 10, 89: 1 << 10, 90: 1 << 10}  # of a CTA
+STATIC_BYTES = 128  # what a kernel has beside the tile's memory: build.py's manifest says
+MOST_SPLITS = 1 << 15  # a unit keeps the number of its part in 16 bits, sign included
+
+eighths = st.integers(1, 2048).map(lambda count: 8 * count)
+num_tokens = st.one_of(st.sampled_from([1, 48, 700]), st.integers(1, 65536))
+COMPILED = [
+    pytest.param(architecture, num_bits, tile, id=f"{architecture}-{num_bits}-{tile.name}")
+    for architecture in ARCHITECTURES
+    for num_bits in (16, 8, 4)
+    for tile in candidates(architecture, num_bits)
+]
+
+
+@st.composite
+def products(draw: st.DrawFn, *, deterministic: bool | None = None) -> Product:
+    """Any product of a MoE layer or of a single matrix, on any card."""
+    architecture = draw(st.sampled_from(ARCHITECTURES))
+    experts_per_token = draw(st.integers(1, 16))
+    return Product(
+        architecture,
+        num_pairs=draw(num_tokens) * experts_per_token,
+        num_groups=draw(st.one_of(st.just(1), st.integers(1, 512))),
+        num_features=draw(eighths),
+        depth=draw(eighths),
+        swiglu=draw(st.booleans()),
+        half=architecture < 80 or draw(st.booleans()),
+        deterministic=draw(st.booleans()) if deterministic is None else deterministic,
+        num_bits=draw(st.sampled_from([16, 8, 4])),
+    )
+
+
+SEARCH = settings(deadline=None, derandomize=True, max_examples=400)
+ONE_PAIR = Product(75, 1, 1, 8, 8, swiglu=False, half=True, deterministic=False)
+SPLIT = Product(90, 4, 8, 512, 14336, swiglu=False, half=True, deterministic=False)
+PREFILL = Product(75, 65536, 8, 14336, 4096, swiglu=True, half=True, deterministic=False)
+
+
+@SEARCH
+@given(product=products())
+@example(product=ONE_PAIR)
+@example(product=SPLIT)
+@example(product=PREFILL)
+def test_there_is_always_a_tile_and_every_better_one_has_a_number_against_it(
+    product: Product,
+) -> None:
+    tile = choose_tile(product)
+
+    assert tile in candidates(product.architecture, product.num_bits)
+    judged = rejections(product)
+    assert [judged_tile for judged_tile, _ in judged] == list(
+        candidates(product.architecture, product.num_bits)
+    )
+    assert dict(judged)[tile] is None
+    for better, reason in judged[: judged.index((tile, None))]:
+        assert reason is not None, better
+        assert re.search(r"\d", reason), reason
+    for other, reason in judged:
+        if other.tokens != tile.tokens:
+            assert reason is not None, "another number of tokens is a matter of preference"
+
+
+@SEARCH
+@given(product=products())
+@example(product=ONE_PAIR)
+@example(product=PREFILL)
+def test_the_kernel_of_the_tile_is_compiled(product: Product) -> None:
+    stem = "grouped_gemm" if product.num_bits == 16 else "quant_gemm"
+    dtype = "f16" if product.half else "bf16"
+    bits = "" if product.num_bits == 16 else f"_int{product.num_bits}"
+    epilogue = "swiglu" if product.swiglu else "plain"
+
+    name = f"{stem}_{dtype}{bits}_{choose_tile(product).name}_{epilogue}"
+
+    assert name in compiled_names(product.architecture)
+
+
+_names: dict[int, frozenset[str]] = {}
+
+
+def compiled_names(architecture: int) -> frozenset[str]:
+    if architecture not in _names:
+        programs = kernels_module("instances").programs(architecture)
+        _names[architecture] = frozenset(program.name for program in programs)
+    return _names[architecture]
+
+
+@SEARCH
+@given(product=products(deterministic=True))
+def test_a_deterministic_product_is_one_chain_of_fp32_sums(product: Product) -> None:
+    tile = choose_tile(product)
+
+    assert not tile.half_accumulate
+    assert choose_depth_splits(product, tile) == 1
+
+
+@SEARCH
+@given(product=products(deterministic=False))
+@example(product=SPLIT)
+def test_no_part_of_a_split_depth_is_empty(product: Product) -> None:
+    tile = choose_tile(product)
+    splits = choose_depth_splits(product, tile)
+
+    stages = math.ceil(product.depth / tile.depth)
+    part = math.ceil(stages / splits)  # as DepthSplit of matrix_kernel.cuh cuts it
+    assert 1 <= splits <= min(stages, MOST_SPLITS)
+    assert (splits - 1) * part < stages <= splits * part
+
+
+def test_a_narrow_deep_product_is_split() -> None:
+    assert choose_depth_splits(SPLIT, choose_tile(SPLIT)) > 1
+
+
+def test_fp16_sums_are_taken_where_they_may() -> None:
+    medium = replace(PREFILL, num_pairs=300)
+
+    assert choose_tile(medium).half_accumulate
+    assert not choose_tile(replace(medium, deterministic=True)).half_accumulate
+    assert not choose_tile(replace(medium, half=False)).half_accumulate
+
+
+@SEARCH
+@given(product=products(), index=st.integers(0, 9))
+def test_pairs_that_are_sorted_already_keep_their_tiles(product: Product, index: int) -> None:
+    tiles = candidates(product.architecture, product.num_bits)
+    tokens = sorted({tile.tokens for tile in tiles})
+    wanted = tokens[index % len(tokens)]
+
+    tile = choose_tile(replace(product, tokens_per_tile=wanted))
+
+    assert tile.tokens == wanted
+    assert tile in tiles
+    assert not (tile.half_accumulate and product.deterministic)
+
+
+@given(product=products(), tokens=st.integers(0, 300))
+@settings(deadline=None, derandomize=True, max_examples=100)
+@example(product=replace(ONE_PAIR, num_bits=8), tokens=128)
+def test_pairs_sorted_into_tiles_that_nobody_compiled(product: Product, tokens: int) -> None:
+    sorted_so = replace(product, tokens_per_tile=tokens)
+    if tokens in {tile.tokens for tile in candidates(product.architecture, product.num_bits)}:
+        assert choose_tile(sorted_so).tokens == tokens
+        return
+    with pytest.raises(ValueError, match=rf"{tokens} tokens on sm_{product.architecture}"):
+        choose_tile(sorted_so)
+
+
+@SEARCH
+@given(product=products(), factor=st.floats(1, 64))
+@example(product=replace(ONE_PAIR, num_pairs=32 * 64, num_bits=4), factor=33 / 32)
+def test_more_pairs_never_get_fewer_tokens(product: Product, factor: float) -> None:
+    more = replace(product, num_pairs=math.ceil(product.num_pairs * factor))
+
+    assert choose_tile(more).tokens >= choose_tile(product).tokens
+
+
+def test_more_pairs_never_get_fewer_tokens_one_by_one() -> None:
+    for architecture in ARCHITECTURES:
+        for num_bits in (16, 8, 4):
+            for num_groups in (1, 8, 128):
+                product = replace(SPLIT, architecture=architecture, num_groups=num_groups)
+                tokens = [
+                    choose_tile(replace(product, num_pairs=pairs, num_bits=num_bits)).tokens
+                    for pairs in range(1, 200 * num_groups, max(1, num_groups // 8))
+                ]
+                assert tokens == sorted(tokens), (architecture, num_bits, num_groups)
+
+
+@pytest.fixture(scope="module")
+def tile_memory(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return compile_library("tile_memory.cpp", tmp_path_factory.mktemp("tile_memory"))
+
+
+@pytest.mark.parametrize(("architecture", "num_bits", "tile"), COMPILED)
+def test_the_formula_of_shared_memory_is_the_kernels(
+    tile_memory: ctypes.CDLL, architecture: int, num_bits: int, tile: Tile
+) -> None:
+    fields = (ctypes.c_int * 7)(*tile.fields)
+
+    assert tile.shared_bytes(num_bits) == tile_memory.shared_bytes(fields, num_bits)
+
+
+@pytest.mark.parametrize(("architecture", "num_bits", "tile"), COMPILED)
+def test_a_multiprocessor_holds_the_ctas_that_the_tile_promises(
+    architecture: int, num_bits: int, tile: Tile
+) -> None:
+    dynamic = tile.shared_bytes(num_bits)
+    reserved = RESERVED_BYTES[architecture]
+
+    assert dynamic + STATIC_BYTES <= SHARED_BYTES[architecture]
+    assert SHARED_BYTES[architecture] + reserved == SM_SHARED_BYTES[architecture]
+    of_all = tile.ctas_per_sm * (dynamic + STATIC_BYTES + reserved)
+    assert of_all <= SM_SHARED_BYTES[architecture]
+    assert tile.ctas_per_sm * tile.threads <= SM_THREADS[architecture]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("num_bits", [16, 8, 4])
+def test_no_tile_is_listed_that_is_never_chosen(architecture: int, num_bits: int) -> None:
+    chosen = {
+        choose_tile(
+            Product(architecture, pairs, groups, features, depth, False, True, free, num_bits)
+        )
+        for pairs in (1, 2, 8, 16, 32, 64, 128, 300, 1000, 4000, 30000)
+        for groups in (1, 8, 64, 128)
+        for features in (64, 768, 1408, 2048, 4096, 14336)
+        for depth in (768, 4096, 14336)
+        for free in (True, False)
+    }
+
+    assert chosen == set(candidates(architecture, num_bits))

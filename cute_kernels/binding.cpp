@@ -51,7 +51,7 @@ int grouped_gemm(const py::tuple &groups, const py::tuple &tile, int dtype, Addr
                  Address pair_row, Address weights, long long slot_bytes, Address pair_weight,
                  Address output, int depth, int num_features, bool swiglu, bool output_float32,
                  int max_ctas, Address split_sums, Address split_tickets, int depth_splits,
-                 Address stream) {
+                 bool groups_settled, Address stream) {
   const light_grouped_gemm_args args{read_groups(groups),
                                      pointer<const void>(rows),
                                      pointer<const int>(pair_row),
@@ -65,7 +65,8 @@ int grouped_gemm(const py::tuple &groups, const py::tuple &tile, int dtype, Addr
                                      output_float32,
                                      pointer<void>(split_sums),
                                      pointer<int>(split_tickets),
-                                     depth_splits};
+                                     depth_splits,
+                                     groups_settled};
   const light_tile instance = read_tile(tile);
   const py::gil_scoped_release released;  // the first launch of an instance loads it
   return light_grouped_gemm(&args, &instance, static_cast<light_dtype>(dtype), max_ctas,
@@ -77,7 +78,7 @@ int quant_gemm(const py::tuple &groups, const py::tuple &tile, int dtype, Addres
                long long slot_bytes, Address pair_weight, Address output, int depth,
                int num_features, bool swiglu, bool output_float32, int num_bits, int group_size,
                int max_ctas, Address split_sums, Address split_tickets, int depth_splits,
-               Address stream) {
+               bool groups_settled, Address stream) {
   const light_quant_gemm_args args{read_groups(groups),
                                    pointer<const void>(rows),
                                    pointer<const int>(pair_row),
@@ -95,7 +96,8 @@ int quant_gemm(const py::tuple &groups, const py::tuple &tile, int dtype, Addres
                                    group_size,
                                    pointer<void>(split_sums),
                                    pointer<int>(split_tickets),
-                                   depth_splits};
+                                   depth_splits,
+                                   groups_settled};
   const light_tile instance = read_tile(tile);
   const py::gil_scoped_release released;
   return light_quant_gemm(&args, &instance, static_cast<light_dtype>(dtype), max_ctas,
@@ -235,13 +237,13 @@ PYBIND11_MODULE(_light_ops, module) {
              arg("dtype"), arg("rows"), arg("pair_row"), arg("weights"), arg("slot_bytes"),
              arg("pair_weight"), arg("output"), arg("depth"), arg("num_features"), arg("swiglu"),
              arg("output_float32"), arg("max_ctas"), arg("split_sums") = 0, arg("split_tickets") = 0,
-             arg("depth_splits") = 1, arg("stream"));
+             arg("depth_splits") = 1, arg("groups_settled") = false, arg("stream"));
   module.def("quant_gemm", &quant_gemm, py::kw_only(), arg("groups"), arg("tile"), arg("dtype"),
              arg("rows"), arg("pair_row"), arg("weights"), arg("scales"), arg("zeros"),
              arg("slot_bytes"), arg("pair_weight"), arg("output"), arg("depth"),
              arg("num_features"), arg("swiglu"), arg("output_float32"), arg("num_bits"),
              arg("group_size"), arg("max_ctas"), arg("split_sums") = 0, arg("split_tickets") = 0,
-             arg("depth_splits") = 1, arg("stream"));
+             arg("depth_splits") = 1, arg("groups_settled") = false, arg("stream"));
   module.def("split_needs", &split_needs, arg("tile"), arg("num_pairs"), arg("num_groups"),
              arg("weight_rows"), arg("depth_splits"));
   module.def("topk_gate", &topk_gate, py::kw_only(), arg("logits"), arg("hidden"),

@@ -190,13 +190,15 @@ def make_job(
     folders = [f"-I{folder}" for folder in (FOLDER, *tools.includes)]
     found = fingerprint(program.source, options)
     cached = cache / f"{program.name}-{architecture.folder}-{found}"
-    return Job(program, architecture, (*options, *folders), tools.nvrtc(architecture.number), cached)
+    nvrtc_library = tools.nvrtc(architecture.number)
+    return Job(program, architecture, (*options, *folders), nvrtc_library, cached)
 
 
 def fingerprint(source: Path, options: Sequence[str]) -> str:
     """A hash of the compiler, its options, the source and its headers, but of no folder's name."""
     settings = [option for option in options if not option.startswith("-I")]
-    digest = hashlib.sha256(" ".join([*toolchain.WHEELS, *toolchain.HOPPER_WHEELS, *settings]).encode())
+    wheels = (*toolchain.WHEELS, *toolchain.HOPPER_WHEELS)
+    digest = hashlib.sha256(" ".join([*wheels, *settings]).encode())
     for path in sources(source):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

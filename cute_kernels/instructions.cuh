@@ -173,14 +173,10 @@ __device__ __forceinline__ unsigned load_shared_u16(unsigned address) {
 }
 
 // Hopper and later: wait for what the kernel before this one wrote, then let the next one start.
-__device__ __forceinline__ void wait_for_previous_kernel() {
+// Whoever starts may so rely on everything older than the kernel before it.
+__device__ __forceinline__ void follow_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }

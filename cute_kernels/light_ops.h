@@ -63,6 +63,9 @@ typedef struct light_pair_groups {
   int num_pairs;            // P, or the most it can be (bounds the launch)
 } light_pair_groups;
 
+// On Hopper a product may read its weights, and its groups' tables where groups_settled, while the
+// kernel in front of it still runs: neither may be what that kernel writes.
+//
 // output[p, n] = sum_d rows[pair_row[p], d] * weight[slot of p][n, d]
 // With swiglu != 0 the weight holds F gate rows, then F up rows, and
 // output[p, f] = silu(gate[p, f]) * up[p, f].
@@ -81,6 +84,7 @@ typedef struct light_grouped_gemm_args {
   void *split_sums;          // fp32 partial sums of light_split_bytes; null where depth_splits is 1
   int *split_tickets;        // one of each output tile, zero before the first call; left zero
   int depth_splits;          // CTAs that share the depth of an output tile, their sums added in order
+  int groups_settled;        // the groups' tables are older than the kernel in front of this one
 } light_grouped_gemm_args;
 
 // The same product from weight-only quantised experts, prepacked as lightmoe/quant/fragments.py
@@ -104,12 +108,14 @@ typedef struct light_quant_gemm_args {
   void *split_sums;          // fp32 partial sums of light_split_bytes; null where depth_splits is 1
   int *split_tickets;        // one of each output tile, zero before the first call; left zero
   int depth_splits;          // CTAs that share the depth of an output tile, their sums added in order
+  int groups_settled;        // the groups' tables are older than the kernel in front of this one
 } light_quant_gemm_args;
 
 // Pairs sorted by expert, then token, then k, and CTA tiles of `tokens_per_tile` pairs of one
 // expert. An expert's number is its group's. `workspace` (16-byte aligned) is all zeros before its
 // first use and belongs to one launch at a time; every launch leaves it ready for the next,
-// whatever the sizes.
+// whatever the sizes. CTAs of a launch wait for each other: there is at most one for each
+// multiprocessor, and what else runs on the device must not wait for this launch.
 typedef struct light_pair_sort {
   int *pair_row;       // [P] token of each sorted pair
   int *pair_index;     // [T, K] where each pair went; -1 for an expert that does not exist
@@ -179,7 +185,8 @@ typedef struct light_combine_args {
 } light_combine_args;
 
 // Rows packed in the order they are sent. Without scales the bytes are copied; with scales rows of
-// dtype become int8: scale = largest magnitude / 127, a row of zeros has scale 0.
+// dtype become int8: scale = largest magnitude / 127, a row of zeros has scale 0, one with elements
+// that are not finite NaN. Rows to int8 have at most 16384 elements.
 typedef struct light_permute_args {
   const void *rows;      // [R, width]
   const int *row_index;  // [num_rows] source of each row; null: in place

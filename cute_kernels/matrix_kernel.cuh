@@ -37,11 +37,18 @@ class MatrixKernel {
         split_sums_(static_cast<float4 *>(args.split_sums)),
         split_tickets_(args.split_tickets) {}
 
-  __device__ __forceinline__ void run() {
+  // `settled`: the previous kernel may still run, and nothing but the rows depends on it.
+  __device__ __forceinline__ void run(bool settled) {
     num_units_ = queue_.num_units();
+    if (num_units_ > 0) {
+      queue_.look_up(0);
+      __syncthreads();
+    }
+    if (settled) {
+      if (kAsyncCopies && num_units_ > 0) copy_early_weights();
+      follow_previous_kernel();
+    }
     if (num_units_ == 0) return;
-    queue_.look_up(0);
-    __syncthreads();
     queue_.put_row(0, queue_.row_of(queue_.unit(0)));
     __syncthreads();
     fill_pipeline();
@@ -82,11 +89,23 @@ class MatrixKernel {
   static constexpr int kSlots = kAsyncCopies ? 1 : min_int(2, Tile::kSteps * Tile::kTokenPairs - 1);
   static constexpr int kCopies = Weights::kCopies + TokenRows<Tile>::kCopies;
 
+  // The first stages' weights, for rows that are not there yet.
+  __device__ __forceinline__ void copy_early_weights() {
+    const Unit unit = queue_.unit(0);
+    weights_.begin_tile(unit.slot, unit.weight_block);
+    early_stages_ = min_int(split_.steps(unit.split), kAhead);
+    for (int i = 0; i < early_stages_; ++i) {
+      weights_.begin_copies(split_.begin(unit.split) + i * Tile::kDepth, 16);
+#pragma unroll
+      for (int copy = 0; copy < Weights::kCopies; ++copy) weights_.copy(stage(i), copy);
+    }
+  }
+
   __device__ __forceinline__ void fill_pipeline() {
     for (int i = 0; i < kAhead; ++i) {
       begin_copies();
 #pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot) copy_slot(slot);
+      for (int slot = 0; slot < kSlots; ++slot) copy_slot(slot, i >= early_stages_);
       end_copies();
     }
     if constexpr (kAsyncCopies) wait_copies<Tile::kStages - 2>();
@@ -100,13 +119,13 @@ class MatrixKernel {
     tokens_.begin_copies(copy_depth_, bytes);
   }
 
-  __device__ __forceinline__ void copy_slot(int slot) {
+  __device__ __forceinline__ void copy_slot(int slot, bool with_weights = true) {
     const unsigned target = stage(copy_stage_);
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       if (i * kSlots / kCopies != slot) continue;
       if (i < Weights::kCopies) {
-        copy_one(weights_, target, i);
+        if (with_weights) copy_one(weights_, target, i);
       } else {
         copy_one(tokens_, target, i - Weights::kCopies);
       }
@@ -314,6 +333,7 @@ class MatrixKernel {
   int *split_tickets_;
 
   int num_units_ = 0;
+  int early_stages_ = 0;
   int copy_unit_ = 0;
   int copy_depth_ = 0;
   int copy_end_ = 0;
@@ -334,9 +354,9 @@ class MatrixKernel {
 template <class Tile, class Weights, class Args>
 __device__ __forceinline__ void run_matrix_kernel(const Args &args) {
   extern __shared__ __align__(128) unsigned char shared[];
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  MatrixKernel<Tile, Weights>(args, shared).run();
+  const bool settled = args.groups.offsets == nullptr || args.groups_settled;
+  if (!settled) follow_previous_kernel();
+  MatrixKernel<Tile, Weights>(args, shared).run(settled);
 }
 
 }  // namespace light

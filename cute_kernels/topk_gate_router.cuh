@@ -11,25 +11,24 @@
 
 namespace light::gate {
 
+constexpr int kTokensInFlight = 4;  // rows that a warp loads before it multiplies the first
+
+// Eight neighbours, 16-bit or fp32.
 template <typename Scalar>
-__device__ inline void load_eight(const Scalar *source, bool exists, float (&values)[8]) {
-  constexpr int kVectors = sizeof(Scalar) / 2;
-  union {
-    uint4 vectors[kVectors];
-    Scalar scalars[8];
-  } raw;
+union RowPart {
+  uint4 vectors[sizeof(Scalar) / 2];
+  Scalar scalars[8];
+
+  __device__ void load(const Scalar *source, bool exists) {
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    raw.vectors[i] = exists ? __ldg(reinterpret_cast<const uint4 *>(source) + i) : uint4{};
+    for (int i = 0; i < static_cast<int>(sizeof(Scalar) / 2); ++i) {
+      vectors[i] = exists ? __ldg(reinterpret_cast<const uint4 *>(source) + i) : uint4{};
+    }
   }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    values[i] = to_float(raw.scalars[i]);
-  }
-}
+};
 
 // Lane l gets the sum over all lanes of sums[l % 8]: halves change owners, 4 + 2 + 1 + 2 shuffles.
-__device__ inline float transposed_sum(float (&sums)[8], int lane) {
+__device__ inline float transpose_and_sum(float (&sums)[8], int lane) {
 #pragma unroll
   for (int half = 4; half > 0; half /= 2) {
     const bool upper = lane & half;
@@ -73,7 +72,12 @@ class RouterTeam {
 #pragma unroll
     for (int i = 0; i < kUnitExperts; ++i) {
       const bool exists = expert_ + i < num_experts_ && depth_ < width_;
-      load_eight(router_weight_ + (long long)(expert_ + i) * width_ + depth_, exists, router_[i]);
+      RowPart<Router> part;
+      part.load(router_weight_ + (long long)(expert_ + i) * width_ + depth_, exists);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        router_[i][j] = to_float(part.scalars[j]);
+      }
     }
   }
 
@@ -81,22 +85,21 @@ class RouterTeam {
   __device__ void multiply(int begin, int end) {
     const int lane = threadIdx.x % 32, member = threadIdx.x / 32 % kTeamWarps;
     wait_for_team();  // for those who still read the sums before
-#pragma unroll 2
-    for (int token = begin; token < end; ++token) {
-      float row[8];
-      load_eight(hidden_ + (long long)token * width_ + depth_, depth_ < width_, row);
-      float sums[8];
+    for (int first = begin; first < end; first += kTokensInFlight) {
+      RowPart<Hidden> parts[kTokensInFlight];
 #pragma unroll
-      for (int i = 0; i < kUnitExperts; ++i) {
-        sums[i] = 0.0f;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          sums[i] = fmaf(row[j], router_[i][j], sums[i]);
-        }
+      for (int i = 0; i < kTokensInFlight; ++i) {
+        parts[i].load(hidden_ + (long long)(first + i) * width_ + depth_,
+                      first + i < end && depth_ < width_);
       }
-      const float sum = transposed_sum(sums, lane);
-      if (lane < kUnitExperts) {
-        sums_[((token - begin) * kTeamWarps + member) * kUnitExperts + lane] = sum;
+#pragma unroll
+      for (int i = 0; i < kTokensInFlight; ++i) {
+        if (first + i < end) {
+          const float sum = multiply_token(parts[i], lane);
+          if (lane < kUnitExperts) {
+            sums_[((first + i - begin) * kTeamWarps + member) * kUnitExperts + lane] = sum;
+          }
+        }
       }
     }
     wait_for_team();
@@ -129,6 +132,20 @@ class RouterTeam {
   static constexpr int kOwnSums = kRouterTokens / kTokensAtOnce;
 
  private:
+  // Lane e < 8 gets expert e's sum over the warp's depth.
+  __device__ float multiply_token(const RowPart<Hidden> &part, int lane) const {
+    float sums[kUnitExperts] = {};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float element = to_float(part.scalars[j]);
+#pragma unroll
+      for (int i = 0; i < kUnitExperts; ++i) {
+        sums[i] = fmaf(element, router_[i][j], sums[i]);
+      }
+    }
+    return transpose_and_sum(sums, lane);
+  }
+
   __device__ void wait_for_team() {
     const int barrier = 1 + threadIdx.x / 32 / kTeamWarps;  // 0 is the CTA's
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(32 * kTeamWarps) : "memory");
@@ -175,12 +192,15 @@ template <typename Hidden, typename Router>
 __device__ inline void write_logits(RouterTeam<Hidden, Router> &team,
                                     const light_router_logits_args &args) {
   using Team = RouterTeam<Hidden, Router>;
-  const int token_blocks = (args.num_tokens + kRouterTokens - 1) / kRouterTokens;
+  const int tokens_for_all = args.num_tokens * team.num_blocks() / team.num_teams() + 1;
+  const int tokens_per_block = min(tokens_for_all, kRouterTokens);
   wait_for_previous_kernel();
-  for (int item = team.team(); item < team.num_blocks() * token_blocks;
-       item += team.num_teams()) {
-    const int begin = item / team.num_blocks() * kRouterTokens;
-    const int end = min(begin + kRouterTokens, args.num_tokens);
+  for (int item = team.team();; item += team.num_teams()) {
+    const int begin = item / team.num_blocks() * tokens_per_block;
+    const int end = min(begin + tokens_per_block, args.num_tokens);
+    if (begin >= args.num_tokens) {
+      break;
+    }
     float totals[Team::kOwnSums];
     for (int split = 0; split < team.num_splits(); ++split) {
       team.load_router(item % team.num_blocks(), split);

@@ -236,12 +236,10 @@ light_status light_router_logits(const light_router_logits_args *args, light_dty
   const Kernel *kernel = nullptr;
   LIGHT_TRY(find_kernel(kProgram, name, gate::kRouterThreads, gate::router_shared_bytes(),
                         &kernel));
+  const int most = most_ctas(*kernel, max_ctas);
+  const int num_items = ceil_div(args->num_experts, gate::kUnitExperts) *
+                        std::min(args->num_tokens, most * gate::kRouterTokens);
   const int teams_per_cta = gate::kRouterThreads / 32 / gate::kTeamWarps;
-  const long long num_items =
-      1LL * ceil_div(args->num_experts, gate::kUnitExperts) *
-      ceil_div(args->num_tokens, gate::kRouterTokens);
-  const int most = max_ctas > 0 ? std::min(max_ctas, kernel->resident_ctas())
-                                : kernel->resident_ctas();
   const int grid = std::min(ceil_div(num_items, teams_per_cta), most);
   return launch(*kernel, {static_cast<unsigned int>(grid)}, *args, stream);
 }

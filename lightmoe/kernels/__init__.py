@@ -48,7 +48,7 @@ __all__ = [
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 
-_OF_GPUS = ("deterministic", "max_ctas")
+_OF_GPUS = ("deterministic", "groups_settled", "max_ctas")
 """Arguments that say how, not what; the reference has one way."""
 
 

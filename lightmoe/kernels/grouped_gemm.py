@@ -38,11 +38,13 @@ def grouped_gemm(
     pair_weight: Tensor | None = None,
     max_ctas: int | None = None,
     deterministic: bool = True,
+    groups_settled: bool = False,
 ) -> Tensor:
     """[R, D] x [S, N, D] -> [P, N], with `swiglu` [P, N / 2]; rounded once, from fp32 sums.
 
-    `max_ctas` bounds the multiprocessors that are used, None: all. UsageError names the tensor
-    that does not fit. The rest is reference.grouped_gemm's.
+    `max_ctas` bounds the multiprocessors that are used, None: all. With `groups_settled` the tables
+    of `groups` are older than the kernel in front of this one, and weights are fetched while that
+    still runs. UsageError names the tensor that does not fit. The rest is reference.grouped_gemm's.
     """
     require_shape(_STEM, "weights", weights, None, None, None)
     require_shape(_STEM, "rows", rows, None, weights.shape[2])
@@ -79,6 +81,7 @@ def grouped_gemm(
         pair_weight=pair_weight,
         swiglu=swiglu,
         max_ctas=max_ctas,
+        groups_settled=groups_settled,
     )
     return output
 
@@ -126,6 +129,7 @@ def launch_product(
     row_index: Tensor | None = None,
     pair_weight: Tensor | None = None,
     max_ctas: int | None = None,
+    groups_settled: bool = False,
 ) -> None:
     """Enqueue the kernel. Everything has been checked."""
     scratch = Scratch(plan, rows.device)
@@ -146,5 +150,6 @@ def launch_product(
         swiglu=swiglu,
         output_float32=output.dtype == torch.float32,
         max_ctas=max_ctas or 0,
+        groups_settled=groups_settled,
         **scratch.arguments,
     )

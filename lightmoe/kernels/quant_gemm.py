@@ -23,11 +23,12 @@ def quant_gemm(
     pair_weight: Tensor | None = None,
     max_ctas: int | None = None,
     deterministic: bool = True,
+    groups_settled: bool = False,
 ) -> Tensor:
     """[R, D] x packed weights of S slots -> [P, num_features]; rounded once, from fp32 sums.
 
-    `max_ctas` bounds the multiprocessors that are used, None: all. UsageError names the tensor
-    that does not fit. The rest is reference.quant_gemm's.
+    `max_ctas` and `groups_settled` as in grouped_gemm. UsageError names the tensor that does not
+    fit. The rest is reference.quant_gemm's.
     """
     require_shape(_STEM, "rows", rows, None, experts.depth)
     check_pairs(_STEM, rows, groups, row_index, pair_weight)
@@ -75,6 +76,7 @@ def quant_gemm(
         num_bits=experts.num_bits,
         group_size=experts.group_size,
         max_ctas=max_ctas or 0,
+        groups_settled=groups_settled,
         **scratch.arguments,
     )
     return output

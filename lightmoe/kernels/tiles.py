@@ -17,6 +17,9 @@ MULTIPROCESSORS = {75: 68, 80: 108, 86: 84, 89: 128, 90: 132}
 SHARED_BYTES = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 CHUNK_BYTES = 16
 MOST_SPLITS = 8
+START_STAGES = 6
+# Of quantised tiles: a warp with fewer rows spends more of its instructions on tokens and copies.
+WIDTH_EFFICIENCY = {64: 0.75, 128: 0.92, 256: 1.0}
 FEWEST_SPLIT_STAGES = 12  # of a part of the depth; fewer, and filling the pipeline costs more
 _QUEUE_TILES = 16
 _SMALLEST_GROUP = 32
@@ -93,9 +96,14 @@ class Product:
         return self.num_pairs / max(self.occupied_groups, 1.0)
 
     def num_outputs(self, tile: Tile) -> float:
-        """Output tiles, as expected."""
-        token_tiles = self.occupied_groups * max(1.0, self.pairs_per_group / tile.tokens)
-        return token_tiles * math.ceil(self.weight_rows / tile.weight_rows)
+        """Output tiles, as expected where a group's pairs are about Poisson distributed."""
+        mean = self.pairs_per_group
+        if mean > tile.tokens:
+            token_tiles = mean / tile.tokens + 0.5
+        else:  # one, and a second one where the group has more than a tile holds
+            token_tiles = 1 + 0.5 * math.erfc((tile.tokens - mean) / math.sqrt(2 * mean))
+        weight_blocks = math.ceil(self.weight_rows / tile.weight_rows)
+        return self.occupied_groups * token_tiles * weight_blocks
 
 
 Tiles = tuple[Tile, ...]
@@ -177,7 +185,7 @@ _LARGE_ASYNC: dict[int, Tiles] = {  # 164 KiB and more: sm_80 and sm_90
     ),
     4: (
         Tile(256, 128, 64, 3, 8, 1),
-        Tile(256, 64, 64, 4, 8, 1),
+        Tile(256, 64, 64, 3, 4, 1, ctas_per_sm=2),
         Tile(128, 64, 64, 4, 4, 1, ctas_per_sm=2),
         Tile(256, 32, 64, 4, 4, 1, ctas_per_sm=2),
         Tile(128, 32, 64, 5, 4, 1, ctas_per_sm=3),
@@ -229,13 +237,12 @@ def rejection(tile: Tile, product: Product) -> str | None:
         if tile.tokens != enough:
             return f"{wanted:.1f} tokens are expected in a tile: {enough} fit, {tile.tokens} do not"
     narrower = [o for o in others if o.tokens == tile.tokens and o.weight_rows < tile.weight_rows]
-    units = product.num_outputs(tile)
-    wide = tile.weight_rows > 128 and tile.tokens < 64
-    if not wide:  # few CTAs per multiprocessor: too few outputs are better split than narrowed
-        units *= _most_splits(product, tile)
-    needed = (4 if wide else 2) * MULTIPROCESSORS[product.architecture]
-    if narrower and tile.tokens < 128 and units < needed:
-        return f"{units:.0f} units of work for {needed} that keep the multiprocessors busy"
+    if tile.tokens < 128:
+        own = _efficiency(product, tile, choose_depth_splits(product, tile))
+        for other in narrower:
+            best = _efficiency(product, other, choose_depth_splits(product, other))
+            if best > own:
+                return f"multiprocessors {own:.0%} busy, with {other.weight_rows} rows {best:.0%}"
     return None
 
 
@@ -254,22 +261,27 @@ def choose_tile(product: Product) -> Tile:
 
 
 def choose_depth_splits(product: Product, tile: Tile) -> int:
-    """CTAs that share the depth of an output tile, where there are too few output tiles.
-
-    The count that fills whole waves of resident CTAs best, 3 % off for each further part.
-    """
-    resident = tile.ctas_per_sm * MULTIPROCESSORS[product.architecture]
-    outputs = product.num_outputs(tile)
-    if outputs >= 0.6 * resident or tile.tokens > 64:
+    """CTAs that share the depth of an output tile: as many as keep the multiprocessors busiest."""
+    if tile.tokens > 64:
         return 1
-
-    def filled(splits: int) -> float:
-        waves = outputs * splits / resident
-        return waves / math.ceil(waves) * (1 - 0.03 * (splits - 1))
-
-    splits = max(range(1, _most_splits(product, tile) + 1), key=filled)
+    counts = range(1, _most_splits(product, tile) + 1)
+    splits = max(counts, key=lambda count: _efficiency(product, tile, count))
     stages = math.ceil(product.depth / tile.depth)
     return math.ceil(stages / math.ceil(stages / splits))  # no part is empty
+
+
+def _efficiency(product: Product, tile: Tile, splits: int) -> float:
+    """How much of the turns that the resident CTAs take is work.
+
+    From two turns on CTAs even out among themselves, and their number says nothing any more.
+    Filling a pipeline takes about START_STAGES stages, and adding up a further part 5 %.
+    """
+    resident = tile.ctas_per_sm * MULTIPROCESSORS[product.architecture]
+    turns = product.num_outputs(tile) * splits / resident
+    filled = 1.0 if turns > 2 else turns / math.ceil(turns)
+    stages = math.ceil(product.depth / tile.depth) / splits
+    width = 1.0 if product.num_bits == 16 else WIDTH_EFFICIENCY[tile.weight_rows]
+    return width * filled * stages / (stages + START_STAGES) * (1 - 0.05 * (splits - 1))
 
 
 def _most_splits(product: Product, tile: Tile) -> int:

@@ -93,15 +93,14 @@ class Rotary:
             frequencies = frequencies * torch.tensor(yarn.stretch(head_dim, theta), device=device)
             scale = yarn.table_scale
         angles = torch.outer(torch.arange(num_positions, device=device).float(), frequencies)
-        angles = torch.cat([angles, angles], dim=-1)
-        self._cos = angles.cos() * scale  # [positions, head_dim]
-        self._sin = angles.sin() * scale
         # `rotate` subtracts the second half of the heads from the first.
-        self._sin[:, : head_dim // 2] *= -1
+        cos, sin = angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], dim=-1)
+        self._table = torch.stack([cos, sin], dim=1) * scale  # [positions, 2, head_dim]
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and signed sin of each token's position, once a step: [T, 1, head_dim] each."""
-        return self._cos[positions, None].to(dtype), self._sin[positions, None].to(dtype)
+        cos, sin = self._table.index_select(0, positions).to(dtype).split(1, dim=1)
+        return cos, sin
 
 
 def rotate(heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:

@@ -58,4 +58,5 @@ class Experts:
             receipt.groups,
             pair_weight=receipt.pair_weight,
             deterministic=self._deterministic,
+            groups_settled=True,
         )

@@ -116,7 +116,7 @@ int cuFuncSetAttribute(void *, int attribute, int value) {
 }
 
 int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *count, void *, int threads, size_t) {
-  *count = 512 / threads;
+  *count = threads > 512 ? 1 : 512 / threads;  // a CTA has at most 1024
   return 0;
 }
 

@@ -71,14 +71,16 @@ def tiles_of(dtype: torch.dtype, num_bits: int) -> list[Tile]:
 
 @contextlib.contextmanager
 def only_tile(tile: Tile, depth_splits: int = 1) -> Iterator[None]:
-    """Products inside use this tile, whatever their sizes, and cut their depth into so many parts."""
+    """Products inside use this tile, whatever their sizes, and cut their depth into such parts."""
     products._plan.cache_clear()
-    with (
-        mock.patch.object(products, "choose_tile", lambda product: tile),
-        mock.patch.object(products, "choose_depth_splits", lambda product, tile: depth_splits),
-    ):
-        yield
-    products._plan.cache_clear()
+    try:
+        with (
+            mock.patch.object(products, "choose_tile", return_value=tile),
+            mock.patch.object(products, "choose_depth_splits", return_value=depth_splits),
+        ):
+            yield
+    finally:
+        products._plan.cache_clear()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 For compute-sanitizer on a machine with a GPU, from the checkout:
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \\
-        --kernel-regex kns=gemm_ python -m tests.kernels.sanitize
+        --kernel-name kns=_gemm_ python -m tests.kernels.sanitize
 """
 
 from __future__ import annotations

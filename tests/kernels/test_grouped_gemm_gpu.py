@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -266,19 +266,20 @@ def test_one_matrix_for_all_rows(road: Road, sizes: tuple[int, int, int]) -> Non
     num_rows, depth, num_features = sizes
     rows = random_tensor(num_rows, depth, dtype=road.dtype)
     weight = random_weights(num_features, depth, dtype=road.dtype)
+    gate_up = random_weights(2 * num_features, depth, dtype=road.dtype)
 
     with poisoned_memory():
         rounded = kernels.matmul(rows, weight)
         sums = kernels.matmul(rows, weight, output_float32=True)
-        gated = kernels.matmul(rows, weight, swiglu=True)
+        gated = kernels.matmul(rows, gate_up, swiglu=True)
 
     expected = rows.double() @ weight.double().t()
     assert sums.dtype == torch.float32
     assert_close(sums, expected, 1e-5)
     assert torch.equal(sums.to(road.dtype), rounded)
-    gate, up = expected.chunk(2, dim=1)
+    gate, up = (rows.double() @ gate_up.double().t()).chunk(2, dim=1)
     assert_close(gated, torch.nn.functional.silu(gate) * up, road.most_error)
-    free = kernels.matmul(rows, weight, swiglu=True, deterministic=False)
+    free = kernels.matmul(rows, gate_up, swiglu=True, deterministic=False)
     assert_close(free, torch.nn.functional.silu(gate) * up, road.most_error)
 
 
@@ -294,6 +295,30 @@ def test_a_row_of_one_matrix_has_the_same_bits_in_any_company(road: Road) -> Non
             assert torch.equal(
                 kernels.matmul(some, weight, swiglu=True), gated[first : first + count]
             )
+
+
+def test_memory_beyond_four_gib_is_reached(native: Road) -> None:
+    num_slots, num_rows, num_features, depth = 1030, 530_000, 512, 4096
+    pairs = group_counts([33], torch.tensor([num_slots - 1], dtype=torch.int32).cuda(), 64)
+    rows = random_tensor(33, depth, dtype=native.dtype)
+    weight = random_weights(num_features, depth, dtype=native.dtype)
+    expected = rows.double() @ weight.double().t()
+
+    pool = torch.empty(num_slots, num_features, depth, dtype=native.dtype, device="cuda")
+    pool[-1] = weight
+    far_weight = kernels.grouped_gemm(rows, pool, pairs.groups)
+    del pool
+    many_rows = torch.empty(num_rows, depth, dtype=native.dtype, device="cuda")
+    many_rows[-33:] = rows
+    far_rows = kernels.grouped_gemm(
+        many_rows,
+        weight[None],
+        replace(pairs.groups, slots=torch.zeros_like(pairs.groups.slots)),
+        pairs.row_index + (num_rows - 33),
+    )
+
+    assert_close(far_weight, expected, native.most_error)
+    assert torch.equal(far_rows, far_weight)
 
 
 def test_no_pairs_make_no_product(road: Road) -> None:
@@ -374,12 +399,13 @@ def test_a_graph_that_was_captured_second_may_be_replayed_first(native: Road) ->
     stream = torch.cuda.Stream()  # a new one: nothing has been launched there
     used, first, second = (torch.cuda.CUDAGraph() for _ in range(3))
     with torch.cuda.graph(used, stream=stream):
-        numbers = torch.full((1 << 17,), 1, dtype=torch.int32, device="cuda")
+        # A whole segment of the allocator's for tensors below 1 MiB.
+        numbers = [torch.full((1 << 17,), 1, dtype=torch.int32, device="cuda") for _ in range(4)]
     used.replay()
-    del numbers  # its memory is the next graphs': what they do not write is 1
+    del numbers  # their memory is the next graphs': what those do not write is 1
     outputs = []
     for graph in (first, second):
-        with torch.cuda.graph(graph, pool=used.pool(), stream=stream):
+        with torch.cuda.graph(graph, pool=used.pool(), stream=stream), poisoned_memory():
             outputs.append(multiply())
     second.replay()
     torch.cuda.synchronize()

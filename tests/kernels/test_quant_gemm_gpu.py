@@ -98,8 +98,7 @@ def quantized_experts(
         layout.write(blob, *gate_up.chunk(2), down)
     gate_up, down = layout.views(blobs.cuda())
     dense = [
-        torch.stack([matrix.dense(slot) for slot in range(num_slots)])
-        for matrix in (gate_up, down)
+        torch.stack([matrix.dense(slot) for slot in range(num_slots)]) for matrix in (gate_up, down)
     ]
     return Experts(gate_up, down, *dense)
 
@@ -246,9 +245,7 @@ def test_few_ctas_compute_the_same(road: Road, how: Format, max_ctas: int) -> No
 
     with poisoned_memory():
         few, many = (
-            kernels.quant_gemm(
-                rows, experts.gate_up, pairs.groups, pairs.row_index, max_ctas=count
-            )
+            kernels.quant_gemm(rows, experts.gate_up, pairs.groups, pairs.row_index, max_ctas=count)
             for count in (max_ctas, None)
         )
 

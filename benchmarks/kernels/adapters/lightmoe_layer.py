@@ -153,12 +153,13 @@ def _product(
     *,
     swiglu: bool = False,
 ) -> Tensor:
-    deterministic = problem.mode == "deterministic"
+    how = {
+        "deterministic": problem.mode == "deterministic",
+        "groups_settled": row_index is None,  # the second product follows the first
+    }
     if isinstance(weights, Tensor):
-        return kernels.grouped_gemm(
-            rows, weights, groups, row_index, swiglu=swiglu, deterministic=deterministic
-        )
-    return kernels.quant_gemm(rows, weights, groups, row_index, deterministic=deterministic)
+        return kernels.grouped_gemm(rows, weights, groups, row_index, swiglu=swiglu, **how)
+    return kernels.quant_gemm(rows, weights, groups, row_index, **how)
 
 
 def combine(pairs: Tensor, routing: Routing) -> Tensor:

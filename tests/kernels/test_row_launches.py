@@ -1,0 +1,237 @@
+"""How the gate, combine and permute are launched, over a driver that tells (drivers.py)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lightmoe.kernels import workspace
+from lightmoe.kernels.topk_gate import FUSED_TOKENS, MAX_EXPERTS, MAX_FUSED_WIDTH
+from tests.kernels.drivers import BIND, HERE, Call, call, compile_driver, launches, opened
+
+STEMS = ("topk_gate", "combine", "permute")
+LAUNCH = re.compile(r"launch (\w+) grid (\d+) block (\d+) shared (\d+)")
+
+
+@pytest.fixture(scope="session")
+def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a libcuda.so.1 that tells what it is asked."""
+    return compile_driver(tmp_path_factory.mktemp("driver"), HERE / "fake_driver.cpp")
+
+
+@pytest.fixture
+def kernels(tmp_path: Path) -> Path:
+    """A folder of files that pretend to be kernels for sm_75."""
+    (tmp_path / "75").mkdir()
+    for stem in STEMS:
+        (tmp_path / "75" / f"{stem}.cubin").write_text("image")
+    return tmp_path
+
+
+def sort_fields(num_tokens: int, num_experts: int, k: int, **changes: int) -> list[int]:
+    fields = {
+        "pair_row": 16,
+        "pair_index": 16,
+        "pair_weight": 0,
+        "offsets": 16,
+        "counts": 0,
+        "tile_offsets": 16,
+        "tile_groups": 16,
+        "workspace": 16,
+        "workspace_bytes": 3 << 20,
+        "tokens_per_tile": 16,
+        "num_tokens": num_tokens,
+        "num_experts": num_experts,
+        "num_experts_per_token": k,
+    }
+    return list((fields | changes).values())
+
+
+def gate(num_tokens: int, num_experts: int, k: int, **changes: object) -> Call:
+    arguments = {
+        "logits": 16,
+        "hidden": 0,
+        "router_weight": 0,
+        "bias": 0,
+        "experts": 16,
+        "weights": 16,
+        "sort": sort_fields(num_tokens, num_experts, k),
+        "width": 0,
+        "sigmoid": False,
+        "renormalize": True,
+        "scale": 1.0,
+        "num_groups": 1,
+        "num_groups_per_token": 1,
+        "input": 2,
+        "router": 2,
+        "max_ctas": 0,
+        "stream": 7,
+    }
+    return ("topk_gate", [], arguments | changes)
+
+
+HIDDEN = {"logits": 0, "hidden": 16, "router_weight": 16, "width": 2048, "input": 1, "router": 1}
+
+
+def one_launch(host: Path, driver: Path, kernels: Path, wanted: Call) -> tuple[str, int, int, int]:
+    lines = call(host, driver, opened(kernels), BIND, wanted)
+    (line,) = launches(lines)
+    name, *numbers = LAUNCH.match(line).groups()
+    return name, *map(int, numbers)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "max_ctas", "name", "grid", "threads"),
+    [
+        (0, 128, 0, "t512", 1, 128),
+        (1, 128, 0, "t512", 1, 128),
+        (16, 128, 0, "t512", 1, 512),
+        (17, 128, 0, "t512", 5, 256),
+        (64, 8, 0, "t512", 1, 512),
+        (256, 128, 0, "t512", 24, 352),
+        (1000, 512, 0, "t512", 63, 512),
+        (20000, 256, 0, "t1024", 68, 1024),
+        (20000, 257, 0, "t512", 68, 512),
+        (20000, 128, 3, "t1024", 3, 1024),
+        (300, 128, 1, "t1024", 1, 1024),
+    ],
+)
+def test_ctas_of_a_gate_all_fit_at_once(
+    host_library: Path,
+    fake_driver: Path,
+    kernels: Path,
+    num_tokens: int,
+    num_experts: int,
+    max_ctas: int,
+    name: str,
+    grid: int,
+    threads: int,
+) -> None:
+    wanted = gate(num_tokens, num_experts, 1, max_ctas=max_ctas)
+
+    launched = one_launch(host_library, fake_driver, kernels, wanted)
+
+    assert launched[:3] == (f"topk_gate_logits_f32_{name}", grid, threads)
+    # A count of 2 bytes for every expert and warp stands behind what is the same for all.
+    small = one_launch(host_library, fake_driver, kernels, gate(1, 32, 1))
+    behind = threads // 32 * num_experts * 2 - small[2] // 32 * 32 * 2
+    assert abs(launched[3] - small[3] - behind) < 16
+    assert launched[3] <= 48 << 10
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "width", "grid"),
+    [(1, 128, 2048, 32), (4, 128, 2048, 68), (64, 8, 4096, 68), (1, 8, 64, 1), (64, 256, 7168, 68)],
+)
+def test_the_router_product_spreads_its_units(
+    host_library: Path,
+    fake_driver: Path,
+    kernels: Path,
+    num_tokens: int,
+    num_experts: int,
+    width: int,
+    grid: int,
+) -> None:
+    wanted = gate(num_tokens, num_experts, 2, **HIDDEN | {"width": width})
+
+    launched = one_launch(host_library, fake_driver, kernels, wanted)
+
+    assert launched[:3] == ("topk_gate_router_bf16_bf16", grid, 512)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sort": sort_fields(5, 513, 2)}, "5 tokens, 513 experts, 2 of them per token"),
+        ({"sort": sort_fields(5, 64, 17)}, "5 tokens, 64 experts, 17 of them per token"),
+        ({"sort": sort_fields(-1, 64, 2)}, "-1 tokens"),
+        ({"sort": sort_fields(5, 4, 8)}, "no 8 of 4 experts in 1 of 1 groups"),
+        ({"num_groups": 3}, "no 2 of 64 experts in 1 of 3 groups"),
+        ({"sort": sort_fields(5, 64, 2, tokens_per_tile=12)}, "tokens_per_tile 12 is no power of"),
+        ({"sort": sort_fields(5, 64, 2, workspace=8)}, "from a multiple of 16"),
+        ({"sort": sort_fields(5, 64, 2, workspace_bytes=99)}, "it has 99"),
+        ({"sort": sort_fields(5, 64, 2, pair_row=0)}, "an output of the sort or the workspace"),
+        ({"logits": 0}, "an input or output is null"),
+        (HIDDEN | {"sort": sort_fields(65, 64, 2)}, "65 hidden rows of width 2048 and dtype 1"),
+        (HIDDEN | {"width": 12}, "5 hidden rows of width 12"),
+        (HIDDEN | {"router": 0}, "hidden of dtype 1, router of dtype 0"),
+        (
+            {"sort": sort_fields(70000, 64, 2), "max_ctas": 2},
+            "35000 tokens for each of 2 CTAs are too many: allow more",
+        ),
+    ],
+)
+def test_a_gate_that_is_refused(
+    host_library: Path, fake_driver: Path, kernels: Path, changes: dict, said: str
+) -> None:
+    lines = call(host_library, fake_driver, opened(kernels), BIND, gate(5, 64, 2, **changes))
+
+    assert launches(lines) == []
+    assert lines[-1].startswith("topk_gate: 4 topk_gate: ")
+    assert said in lines[-1]
+
+
+def test_the_workspace_has_room_for_the_largest_gate(host_library: Path, fake_driver: Path) -> None:
+    sizes = [MAX_EXPERTS, FUSED_TOKENS, MAX_FUSED_WIDTH]
+
+    (line,) = call(host_library, fake_driver, ("workspace_bytes", sizes, {}))
+
+    assert 0 < int(line.split()[1]) <= workspace.BYTES
+
+
+def test_rows_are_dealt_to_ctas(host_library: Path, fake_driver: Path, kernels: Path) -> None:
+    rows = {"rows": 16, "row_index": 16, "output": 16, "max_ctas": 0, "stream": 7}
+    sums = {"pairs": 16, "pair_index": 16, "weights": 0, "addend": 0, "output": 16, "stream": 7}
+    of_int8 = rows | {"scales": 16, "dtype": 0}
+    calls: list[Call] = [
+        ("permute", [], rows | {"num_rows": 17, "width_bytes": 32}),
+        ("permute", [], rows | {"num_rows": 17, "width_bytes": 32, "max_ctas": 2}),
+        ("permute_int8", [], of_int8 | {"num_rows": 9, "width": 2048}),
+        ("permute_int8", [], of_int8 | {"num_rows": 9, "width": 7168}),
+        ("dequantize_rows", [], of_int8 | {"num_rows": 9, "width": 2048}),
+        (
+            "combine",
+            [],
+            sums
+            | {"num_tokens": 3, "num_pairs_per_token": 8, "width": 2048}
+            | {"dtype": 1, "max_ctas": 0},
+        ),
+    ]
+
+    lines = call(host_library, fake_driver, opened(kernels), BIND, *calls)
+
+    assert [LAUNCH.match(line).groups()[:3] for line in launches(lines)] == [
+        ("permute_rows", "3", "256"),
+        ("permute_rows", "2", "256"),
+        ("permute_int8_f16", "9", "32"),
+        ("permute_int8_f16", "9", "128"),
+        ("dequantize_rows_f16", "9", "256"),
+        ("combine_bf16", "6", "128"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("permute", {"width_bytes": 24}, "17 rows of width 24, which must be a multiple of 16"),
+        ("permute", {"rows": 0}, "rows, output or scales is null"),
+        ("permute_int8", {"width": 16392}, "width 16392 is over 16384"),
+        ("permute_int8", {"dtype": 2}, "dtype 2 is neither fp16 nor bf16"),
+        ("dequantize_rows", {"scales": 0}, "rows, output or scales is null"),
+    ],
+)
+def test_rows_that_are_refused(
+    host_library: Path, fake_driver: Path, kernels: Path, name: str, changes: dict, said: str
+) -> None:
+    own = {"width_bytes": 64} if name == "permute" else {"width": 64, "scales": 16, "dtype": 0}
+    common = {"rows": 16, "row_index": 16, "output": 16, "num_rows": 17, "max_ctas": 0, "stream": 7}
+
+    lines = call(
+        host_library, fake_driver, opened(kernels), BIND, (name, [], common | own | changes)
+    )
+
+    assert launches(lines) == []
+    assert lines[-1].startswith(f"{name}: 4 {name}: ")
+    assert said in lines[-1]

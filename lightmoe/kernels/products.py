@@ -53,7 +53,7 @@ def plan_product(
 ) -> Plan:
     """The plan on a CUDA device; `num_features` counts columns of the output.
 
-    `tokens_per_tile` is given where the pairs are sorted already; ValueError if no tile has it.
+    `tokens_per_tile` is given where the pairs are sorted already; UsageError if no tile has it.
     """
     return _plan(
         library().architecture_of(device),
@@ -94,7 +94,10 @@ def _plan(
         num_bits,
         tokens_per_tile,
     )
-    tile = choose_tile(product)
+    try:
+        tile = choose_tile(product)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     depth_splits = choose_depth_splits(product, tile)
     if depth_splits == 1:
         return Plan(tile, tile.fields)
@@ -125,15 +128,24 @@ class Scratch:
         }
 
 
-_tickets_of_stream: dict[tuple[torch.device, int], Tensor] = {}
+_tickets_of_stream: dict[tuple[torch.device, int], list[Tensor]] = {}
 
 
 def _tickets(count: int, device: torch.device) -> Tensor:
-    """Zeros that launches of one stream share: each leaves them zero for the next."""
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    if key not in _tickets_of_stream or len(_tickets_of_stream[key]) < count:
-        _tickets_of_stream[key] = torch.zeros(2 * count, dtype=torch.int32, device=device)
-    return _tickets_of_stream[key]
+    """Zeros that launches of one stream share: each leaves them zero for the next.
+
+    A graph keeps the addresses it was captured with, so none is freed when larger ones are needed.
+    In a capture only memory that exists is shared: what is made there is zeroed by that graph alone.
+    """
+    tables = _tickets_of_stream.setdefault(
+        (device, torch.cuda.current_stream(device).cuda_stream), []
+    )
+    if tables and len(tables[-1]) >= count:
+        return tables[-1]
+    zeros = torch.zeros(2 * count, dtype=torch.int32, device=device)
+    if not torch.cuda.is_current_stream_capturing():
+        tables.append(zeros)
+    return zeros
 
 
 def group_fields(groups: PairGroups) -> GroupFields:

@@ -273,15 +273,18 @@ def choose_depth_splits(product: Product, tile: Tile) -> int:
 def _efficiency(product: Product, tile: Tile, splits: int) -> float:
     """How much of the turns that the resident CTAs take is work.
 
-    From two turns on CTAs even out among themselves, and their number says nothing any more.
-    Filling a pipeline takes about START_STAGES stages, and adding up a further part 5 %.
+    From two turns on CTAs even out among themselves, so that an unfilled last one costs half.
+    Filling a pipeline takes about START_STAGES stages, parts that are added up 7 % and 2 % each.
     """
     resident = tile.ctas_per_sm * MULTIPROCESSORS[product.architecture]
     turns = product.num_outputs(tile) * splits / resident
-    filled = 1.0 if turns > 2 else turns / math.ceil(turns)
+    filled = turns / math.ceil(turns)
+    if turns > 2:
+        filled = (filled + 1) / 2
     stages = math.ceil(product.depth / tile.depth) / splits
     width = 1.0 if product.num_bits == 16 else WIDTH_EFFICIENCY[tile.weight_rows]
-    return width * filled * stages / (stages + START_STAGES) * (1 - 0.05 * (splits - 1))
+    joined = 1.0 if splits == 1 else 0.95 - 0.02 * splits
+    return width * filled * joined * stages / (stages + START_STAGES)
 
 
 def _most_splits(product: Product, tile: Tile) -> int:

@@ -171,3 +171,9 @@ def assert_close(actual: Tensor, expected: Tensor, most_error: float) -> None:
     assert size > 0, "zeros are close to anything"
     error = float((actual.double() - expected).norm() / size)
     assert error <= most_error, f"relative error {error:.2e}"
+
+
+def assert_tickets_are_zero() -> None:
+    """Split products of the current stream have left their tickets as they found them."""
+    stream = torch.cuda.current_stream()
+    assert not products._tickets_of_stream[stream.device, stream.cuda_stream].any()

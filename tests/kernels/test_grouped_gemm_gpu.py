@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightmoe import kernels
-from lightmoe.kernels import PairGroups, products
+from lightmoe.kernels import PairGroups
 from lightmoe.kernels.grouped_gemm import plan_weights
 from tests.kernels.pairs import (
     NATIVE,
@@ -18,6 +18,7 @@ from tests.kernels.pairs import (
     Pairs,
     Road,
     assert_close,
+    assert_tickets_are_zero,
     expected_product,
     group_counts,
     on_road,
@@ -164,11 +165,6 @@ def test_every_tile_adds_the_parts_of_a_split_depth(road: Road, splits: int) -> 
         assert torch.equal(first, again)
         assert torch.equal(first, few_ctas)
     assert_tickets_are_zero()
-
-
-def assert_tickets_are_zero() -> None:
-    assert products._tickets_of_stream
-    assert not any(bool(tickets.any()) for tickets in products._tickets_of_stream.values())
 
 
 @pytest.mark.parametrize("max_ctas", [1, 5])

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lightmoe import kernels
-from lightmoe.kernels import products
 from lightmoe.kernels.quant_gemm import plan_quantized
 from lightmoe.quant.fragments import PackedMatrix
 from lightmoe.quant.packing import QuantizedExpertLayout
@@ -22,6 +21,7 @@ from tests.kernels.pairs import (
     Pairs,
     Road,
     assert_close,
+    assert_tickets_are_zero,
     expected_product,
     on_road,
     only_tile,
@@ -231,7 +231,7 @@ def test_every_tile_adds_the_parts_of_a_split_depth(road: Road, how: Format, spl
         assert_close(first, expected, road.most_error)
         assert torch.equal(first, again)
         assert torch.equal(first, few_ctas)
-    assert not any(bool(tickets.any()) for tickets in products._tickets_of_stream.values())
+    assert_tickets_are_zero()
 
 
 @pytest.mark.parametrize("max_ctas", [1, 5])
@@ -321,7 +321,7 @@ def test_split_products_give_the_same_bits_again(native: Road, how: Format) -> N
             first.append(product)
         assert torch.equal(first[0], first[2])
         assert torch.equal(first[1], first[3])
-    assert not any(bool(tickets.any()) for tickets in products._tickets_of_stream.values())
+    assert_tickets_are_zero()
 
 
 @pytest.mark.parametrize("how", ONE_OF_EACH_WIDTH, ids=str)

@@ -135,7 +135,7 @@ def _tickets(count: int, device: torch.device) -> Tensor:
     """Zeros that launches of one stream share: each leaves them zero for the next.
 
     A graph keeps the addresses it was captured with, so none is freed when larger ones are needed.
-    In a capture only memory that exists is shared: what is made there is zeroed by that graph alone.
+    In a capture only memory that exists is shared: what is made there, that graph alone zeroes.
     """
     tables = _tickets_of_stream.setdefault(
         (device, torch.cuda.current_stream(device).cuda_stream), []

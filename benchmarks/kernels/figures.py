@@ -38,7 +38,7 @@ DPI = 150
 
 
 def main() -> int:
-    """Draw a bar chart for every card and dtype that has results."""
+    """Draw a bar chart for every card, path and dtype that has results."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--results", type=Path, default=results.RESULTS, help="folder of results")
     parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of the pictures")
@@ -48,14 +48,15 @@ def main() -> int:
         print(f"no moe_layer result in {arguments.results}: run moe_layer.py on a card first")
         return 1
     for result in measured:
-        for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
-            print(draw_bars(result, dtype, arguments.out))
+        for path, dtype in dict.fromkeys((row["path"], row["dtype"]) for row in result["rows"]):
+            print(draw_bars(result, path, dtype, arguments.out))
     return 0
 
 
-def draw_bars(result: dict[str, Any], dtype: str, folder: Path) -> Path:
+def draw_bars(result: dict[str, Any], path: str, dtype: str, folder: Path) -> Path:
     """Share of the floor by shape and T: ours in both modes, who ran beside it, the best peer."""
-    rows = [r for r in result["rows"] if r["dtype"] == dtype and r["routing"] == "uniform"]
+    wanted = {"path": path, "dtype": dtype, "routing": "uniform"}
+    rows = [row for row in result["rows"] if wanted.items() <= row.items()]
     shapes = [name for name in SHAPES if any(row["shape"] == name for row in rows)]
     figure = Figure(figsize=(4.6 * len(shapes) + 0.8, 4.4), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
@@ -70,12 +71,12 @@ def draw_bars(result: dict[str, Any], dtype: str, folder: Path) -> Path:
     )  # fmt: skip
     _title(
         figure,
-        f"One MoE layer, {dtype}: how near the floor",
+        f"One MoE layer, {dtype}, {path} path: how near the floor",
         f"{result['device']}, {result['date']}, commit {result['commit']}; uniform routing, "
         f"medians. Best peer: {peers.published()['label']}.",
     )
     figure.subplots_adjust(left=0.07, right=0.99, top=0.8, bottom=0.19, wspace=0.06)
-    return _save(figure, folder, f"moe_layer-{dtype}-{results.machine_name(result['device'])}")
+    return _save(figure, folder, f"moe_layer-{path}-{dtype}-{results.machine_name(result['device'])}")
 
 
 def bar_series(

@@ -15,6 +15,7 @@ import results
 from floors import SHAPES
 
 NOT_MEASURED = "not measured"
+TABLE_DTYPES = {"sm75": ("fp16",), "sm80": ("bf16", "int4")}
 # stem: what it does, and the shapes that it takes
 KERNELS = {
     "topk_gate": (
@@ -73,7 +74,7 @@ def kernel_shares(stem: str) -> str:
 
 
 def moe_layer_table() -> str:
-    """Shares of the floor of a whole layer, by card, dtype, shape and T."""
+    """Shares of the floor of a whole layer, by card, path, dtype, shape and T; the usual dtypes."""
     lines = [
         "| card | path | weights | shape | T | ms | of floor | of mma.sync"
         " | deterministic, of floor | best peer, of floor |",
@@ -83,7 +84,7 @@ def moe_layer_table() -> str:
         rows = [row for row in result["rows"] if row["routing"] == "uniform"]
         ours = {key(row): row for row in rows if row["impl"] == "lightmoe"}
         for row in sorted(ours.values(), key=order):
-            if row["mode"] == "free":
+            if row["mode"] == "free" and row["dtype"] in TABLE_DTYPES[row["path"]]:
                 twin = ours.get(key(row | {"mode": "deterministic"}))
                 lines.append(layer_line(result["device"], row, twin))
     lines += ["", f"Best peer: {peers.published()['label']}; {peers.published()['conditions']}."]

@@ -1,11 +1,11 @@
-// The machine instructions of the matrix kernels: CuTe's atoms where it has them, and the few that it
-// lacks (movmatrix, cp.async with a byte count for 4 bytes, programmatic dependent launch).
+// The machine instructions of the matrix kernels: CuTe's mma atoms, and copies by 32-bit shared-memory
+// addresses, which the pipeline computes with.
 #pragma once
 
-#include <cute/arch/copy_sm75.hpp>
-#include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/mma_sm75.hpp>
 #include <cute/arch/mma_sm80.hpp>
+
+#include "mma_sm75_half.h"
 
 namespace light {
 
@@ -66,10 +66,8 @@ __device__ __forceinline__ void mma_half(unsigned (&sums)[2], const unsigned (&a
                                          const unsigned (&b)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f16.f16.f16.f16 {%0, %1}, {%2, %3}, {%4}, {%0, %1};"
-        : "+r"(sums[0]), "+r"(sums[1])
-        : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
+    cute::SM75_16x8x8_F16F16F16F16_TN::fma(sums[0], sums[1], a[2 * half], a[2 * half + 1], b[half],
+                                           sums[0], sums[1]);
   }
 }
 

@@ -1,7 +1,9 @@
 # The commands of this project; each sets up what it needs. `make help` lists them.
 
 PYTHON ?= python3
-GPU    ?= cpu
+# The stack that is installed already, so that a later target does not replace it.
+STAMPED := $(word 2,$(subst -, ,$(notdir $(firstword $(wildcard .venv/.installed-*)))))
+GPU    ?= $(or $(STAMPED),cpu)
 ARCHS  ?= native
 VENV   := .venv
 BIN    := $(VENV)/bin

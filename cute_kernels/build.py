@@ -159,13 +159,16 @@ def parse_architectures(text: str) -> list[Architecture]:
 
 
 def cards() -> list[str]:
-    """Architectures of the cards present, as nvidia-smi tells."""
+    """Architectures for the cards present, as nvidia-smi tells; others are named and left out."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     if shutil.which(command[0]) is None:
         return []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     capabilities = done.stdout.split() if done.returncode == 0 else []
-    return sorted({capability.replace(".", "") for capability in capabilities})
+    found = {instances.nearest(int(capability.replace(".", ""))) for capability in capabilities}
+    if None in found:
+        print(f"no kernels for some of the cards: {', '.join(sorted(set(capabilities)))}")
+    return sorted(str(architecture) for architecture in found if architecture is not None)
 
 
 def select(architecture: int, pattern: str, one_per_stem: bool) -> list[Program]:

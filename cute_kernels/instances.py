@@ -65,6 +65,12 @@ def programs(architecture: int) -> list[Program]:
     return [*_matrix_programs(architecture), *_simple_programs()]
 
 
+def nearest(capability: int) -> int | None:
+    """The newest architecture with kernels that a card of compute capability 8.7 (87) runs."""
+    generation = range(capability // 10 * 10, capability + 1)
+    return max((number for number in _tiles.SHARED_BYTES if number in generation), default=None)
+
+
 def tiles(stem: str, architecture: int) -> tuple[Tile, ...]:
     """The tiles that `stem` is compiled with, for any width of weight."""
     found = [

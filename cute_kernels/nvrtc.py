@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +40,24 @@ class Compiled:
 
 def compile_program(library: Path, source: Path, options: list[str], *, as_ptx: bool) -> Compiled:
     """Compile `source`; raises CompileError with the log."""
-    nvrtc = ctypes.CDLL(str(library))
+    with _own_locale():
+        return _compile(ctypes.CDLL(str(library)), source, options, as_ptx=as_ptx)
+
+
+@contextlib.contextmanager
+def _own_locale() -> Iterator[None]:
+    """Give the thread its locale back: NVRTC leaves it in that of C, whose text is ASCII."""
+    libc = ctypes.CDLL(None)
+    libc.uselocale.restype = ctypes.c_void_p
+    libc.uselocale.argtypes = [ctypes.c_void_p]
+    before = libc.uselocale(None)
+    try:
+        yield
+    finally:
+        libc.uselocale(before)
+
+
+def _compile(nvrtc: ctypes.CDLL, source: Path, options: list[str], *, as_ptx: bool) -> Compiled:
     program = ctypes.c_void_p()
     text, name = source.read_bytes(), source.name.encode()
     _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, name, 0, None, None))

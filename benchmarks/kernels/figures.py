@@ -76,7 +76,8 @@ def draw_bars(result: dict[str, Any], path: str, dtype: str, folder: Path) -> Pa
         f"medians. Best peer: {peers.published()['label']}.",
     )
     figure.subplots_adjust(left=0.07, right=0.99, top=0.8, bottom=0.19, wspace=0.06)
-    return _save(figure, folder, f"moe_layer-{path}-{dtype}-{results.machine_name(result['device'])}")
+    machine = results.machine_name(result["device"])
+    return _save(figure, folder, f"moe_layer-{path}-{dtype}-{machine}")
 
 
 def bar_series(

@@ -156,4 +156,5 @@ def _common(
         "num_features": output.shape[1],
         "output_float32": False,
         "max_ctas": launch.max_ctas,
+        "groups_settled": False,
     }

@@ -53,16 +53,13 @@ def kernels_table() -> str:
 
 
 def kernel_shares(stem: str) -> str:
-    """The range of a kernel's shares of the floor on the newest card, in free mode."""
+    """A kernel's shares of the floor on the newest card, least to most; free mode if it has one."""
     measured = results.newest(stem)
     if not measured:
         return NOT_MEASURED
     result = measured[-1]
-    rows = [
-        row
-        for row in result["rows"]
-        if row.get("mode", "free") == "free" and "share_of_floor" in row
-    ]
+    shared = [row for row in result["rows"] if "share_of_floor" in row]
+    rows = [row for row in shared if row.get("mode", "free") == "free"] or shared
     if not rows:
         return NOT_MEASURED
     parts = []

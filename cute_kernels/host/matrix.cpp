@@ -63,9 +63,11 @@ light_status check_groups(const MatrixLaunch &launch) {
 
 light_status check_splits(const MatrixLaunch &launch) {
   const int num_stages = (launch.depth + launch.tile.depth - 1) / launch.tile.depth;
-  if (launch.depth_splits < 1 || launch.depth_splits > num_stages) {
-    return fail(LIGHT_BAD_ARGUMENT, "%s: %d splits of a depth of %d stages", launch.stem,
-                launch.depth_splits, num_stages);
+  // Parts are of whole stages, so the last ones may be empty: five stages make no four parts.
+  const int splits = launch.depth_splits;
+  if (splits < 1 || (splits - 1) * ((num_stages + splits - 1) / splits) >= num_stages) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: %d splits of a depth of %d stages", launch.stem, splits,
+                num_stages);
   }
   if (launch.depth_splits > 1 &&
       (launch.split_sums == nullptr || launch.split_tickets == nullptr)) {

@@ -113,11 +113,17 @@ def equal_groups(weights: Tensor, pairs_per_group: int) -> PairGroups:
     """Groups of as many pairs each for weights [G, N, D], group g with weight g."""
     num_groups = len(weights)
     tokens = tokens_per_tile(weights, num_groups * pairs_per_group, num_groups)
-    return _equal_groups(num_groups, pairs_per_group, tokens, weights.device)
+    sizes = (num_groups, pairs_per_group, tokens, weights.device)
+    if not weights.is_cuda:
+        return _equal_groups(*sizes, stream=0)
+    if torch.cuda.is_current_stream_capturing():  # filled by that graph's replays only
+        return PairGroups.of_equal_size(*sizes)
+    return _equal_groups(*sizes, stream=torch.cuda.current_stream(weights.device).cuda_stream)
 
 
 @functools.lru_cache(maxsize=256)
 def _equal_groups(
-    num_groups: int, pairs_per_group: int, tokens: int, device: torch.device
+    num_groups: int, pairs_per_group: int, tokens: int, device: torch.device, *, stream: int
 ) -> PairGroups:
+    """Once for each stream: another would have to wait for the tables to be filled."""
     return PairGroups.of_equal_size(num_groups, pairs_per_group, tokens, device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightmoe.errors import MachineError
-from lightmoe.kernels.library import FOLDER, REMEDY, read_manifest
+from lightmoe.kernels.library import FOLDER, REMEDY, architecture_for, read_manifest
 
 _REFERENCE_DTYPE = "float32"
 
@@ -23,7 +23,7 @@ def choose_kernels(dtype: str, compute_capability: tuple[int, int]) -> str:
             f"{dtype} on a GPU needs liblight_ops, which is not built in {FOLDER};"
             f" build it: {REMEDY}, {otherwise}"
         )
-    architecture = nearest_architecture(major, minor, manifest.kernels)
+    architecture = architecture_for(10 * major + minor, manifest.kernels)
     if architecture is None:
         built = ", ".join(sorted(manifest.kernels)) or "none"
         raise MachineError(
@@ -32,13 +32,3 @@ def choose_kernels(dtype: str, compute_capability: tuple[int, int]) -> str:
         )
     return f"liblight_ops sm_{architecture} ({dtype})"
 
-
-def nearest_architecture(major: int, minor: int, built: dict[str, frozenset[str]]) -> str | None:
-    """The newest of these that a card of compute capability major.minor runs: of its own major
-    number and not after it."""
-    fitting = [
-        name
-        for name in built
-        if name.isdecimal() and int(name[:-1]) == major and int(name[-1]) <= minor
-    ]
-    return max(fitting, key=int, default=None)

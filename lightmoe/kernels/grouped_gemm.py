@@ -44,7 +44,8 @@ def grouped_gemm(
 
     `max_ctas` bounds the multiprocessors that are used, None: all. With `groups_settled` the tables
     of `groups` are older than the kernel in front of this one, and weights are fetched while that
-    still runs. UsageError names the tensor that does not fit. The rest is reference.grouped_gemm's.
+    still runs: neither may be what it writes. UsageError names the tensor that does not fit. The
+    rest is reference.grouped_gemm's.
     """
     require_shape(_STEM, "weights", weights, None, None, None)
     require_shape(_STEM, "rows", rows, None, weights.shape[2])

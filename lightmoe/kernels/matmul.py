@@ -29,6 +29,9 @@ def matmul(
 
     Otherwise a plain product is torch's. `output_float32` leaves the fp32 sums as they are, and
     does not go with `swiglu`. UsageError names the tensor that does not fit.
+
+    On Hopper the weight may be read while the kernel in front of this one still runs, so it must
+    not be what that kernel writes.
     """
     require_shape(_STEM, "weight", weight, None, None)
     require_shape(_STEM, "rows", rows, None, weight.shape[1])

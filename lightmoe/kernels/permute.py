@@ -98,6 +98,7 @@ def dequantize_rows(
         row_index = row_index.to(torch.int32).contiguous()
     num_rows = len(packed) if row_index is None else len(row_index)
     rows = torch.empty(num_rows, packed.shape[1], dtype=dtype, device=packed.device)
+    packed_scales = scales.contiguous()  # kept until the launch is enqueued
     if num_rows:
         library().launch(
             stem,
@@ -105,7 +106,7 @@ def dequantize_rows(
             rows=address(packed),
             row_index=address(row_index),
             output=address(rows),
-            scales=address(scales.contiguous()),
+            scales=address(packed_scales),
             num_rows=num_rows,
             width=packed.shape[1],
             dtype=HALF_DTYPES[dtype],

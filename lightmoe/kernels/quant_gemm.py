@@ -115,11 +115,21 @@ def _check_matrix(experts: QuantizedMatrix, rows: Tensor) -> int:
         require_shape(_STEM, "zeros", experts.zeros, *experts.scales.shape)
         parts["zeros"] = experts.zeros
     slot_bytes = experts.packed.stride(0) * experts.packed.element_size()
+    blocks = -(-experts.num_features // (8 if experts.swiglu else 16))
+    depth_blocks = -(-experts.depth // 64)
+    halves = (2,) if experts.num_bits == 8 else ()
+    require_shape(_STEM, "packed", experts.packed, None, blocks, depth_blocks, *halves, 32, 16)
+    num_groups = -(-depth_blocks * 64 // experts.group_size)
+    require_shape(_STEM, "scales", experts.scales, num_slots, blocks, num_groups, 16)
     for name, part in parts.items():
-        require_shape(_STEM, name, part, num_slots, *part.shape[1:])
-        if not part[0].is_contiguous():
+        if num_slots and not part[0].is_contiguous():
             raise UsageError(f"{_STEM}: a slot of {name} has gaps; give it as packing.py lays it")
         part_bytes = part.stride(0) * part.element_size()
+        if part.data_ptr() % 16 or part_bytes % 16:
+            raise UsageError(
+                f"{_STEM}: slots of {name} begin {part.data_ptr() % 16} bytes, and are"
+                f" {part_bytes % 16} bytes, off a multiple of 16; lay them out as packing.py does"
+            )
         if num_slots > 1 and part_bytes != slot_bytes:
             raise UsageError(
                 f"{_STEM}: slots of {name} are {part_bytes} bytes apart, those of packed"

@@ -200,7 +200,13 @@ _LARGE_ASYNC: dict[int, Tiles] = {  # 164 KiB and more: sm_80 and sm_90
 
 
 def candidates(architecture: int, num_bits: int) -> Tiles:
-    """The compiled tiles of an architecture (75 is sm_75), best first; `num_bits` of a weight."""
+    """The compiled tiles of an architecture (75 is sm_75), best first; `num_bits` of a weight.
+
+    ValueError for an architecture that has none.
+    """
+    if architecture not in SHARED_BYTES:
+        supported = ", ".join(f"sm_{number}" for number in SHARED_BYTES)
+        raise ValueError(f"no kernels for sm_{architecture}; there are some for {supported}")
     if architecture < 80:
         return _TURING[num_bits]
     small = SHARED_BYTES[architecture] < 128 << 10

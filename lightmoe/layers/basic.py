@@ -50,7 +50,8 @@ class HeadLinear:
     def __call__(self, heads: Tensor) -> Tensor:
         """[T, H, D] -> [T, H, N]."""
         num_tokens = len(heads)
-        by_head = heads.transpose(0, 1).flatten(0, 1)  # [H x T, D]
+        # One token's heads would be a view, and its rows not packed.
+        by_head = heads.transpose(0, 1).contiguous().flatten(0, 1)  # [H x T, D]
         products = kernels.grouped_gemm(
             by_head, self._weights, kernels.equal_groups(self._weights, num_tokens)
         )

@@ -106,7 +106,7 @@ def test_pictures_are_drawn_and_measurements_replace_the_prediction(
     assert [picture["predicted"] for picture in drawn] == [False, False]
     monkeypatch.setattr("sys.argv", ["figures.py", *_folders(tmp_path)])
     assert figures.main() == 0
-    assert (tmp_path / "moe_layer-bf16-h100.png").stat().st_size > 10_000
+    assert (tmp_path / "moe_layer-sm80-bf16-h100.png").stat().st_size > 10_000
 
 
 def _folders(folder: Path) -> list[str]:

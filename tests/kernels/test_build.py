@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import locale
 import os
 import re
 import subprocess
@@ -204,8 +205,10 @@ def test_a_kernel_that_does_not_compile(module, checkout: Path, tmp_path: Path) 
     tools = module("toolchain").find(checkout / "build/toolchain")
     source = tmp_path / "wrong.cu"
     source.write_text("__global__ void wrong() { undeclared(); }\n")
+    encoding = locale.getencoding()
     with pytest.raises(nvrtc.CompileError, match=r"(?s)wrong.cu does not compile.*undeclared"):
         nvrtc.compile_program(tools.nvrtc(75), source, ["--gpu-architecture=sm_75"], as_ptx=False)
+    assert locale.getencoding() == encoding, "NVRTC changes the locale of the thread"
 
 
 def test_what_ptxas_says(module) -> None:

@@ -308,6 +308,7 @@ def test_loading_is_allowed_in_a_capture(
         ({"swiglu": True, "output_float32": True}, "swiglu has no float32 output"),
         ({"depth_splits": 0}, "0 splits of a depth of 8 stages"),
         (SPLIT | {"depth_splits": 9}, "9 splits of a depth of 8 stages"),
+        (SPLIT | {"depth_splits": 5}, "5 splits of a depth of 8 stages"),  # 2, 2, 2, 2 and none
         (SPLIT | {"split_sums": 0}, "3 splits without split_sums or split_tickets"),
         (SPLIT | {"split_tickets": 0}, "3 splits without split_sums or split_tickets"),
     ],

@@ -236,8 +236,9 @@ PYBIND11_MODULE(_light_ops, module) {
   module.def("grouped_gemm", &grouped_gemm, py::kw_only(), arg("groups"), arg("tile"),
              arg("dtype"), arg("rows"), arg("pair_row"), arg("weights"), arg("slot_bytes"),
              arg("pair_weight"), arg("output"), arg("depth"), arg("num_features"), arg("swiglu"),
-             arg("output_float32"), arg("max_ctas"), arg("split_sums") = 0, arg("split_tickets") = 0,
-             arg("depth_splits") = 1, arg("groups_settled") = false, arg("stream"));
+             arg("output_float32"), arg("max_ctas"), arg("split_sums") = 0,
+             arg("split_tickets") = 0, arg("depth_splits") = 1, arg("groups_settled") = false,
+             arg("stream"));
   module.def("quant_gemm", &quant_gemm, py::kw_only(), arg("groups"), arg("tile"), arg("dtype"),
              arg("rows"), arg("pair_row"), arg("weights"), arg("scales"), arg("zeros"),
              arg("slot_bytes"), arg("pair_weight"), arg("output"), arg("depth"),

@@ -1,7 +1,7 @@
 // Codes to 16-bit weights in registers: scale * (code - zero), one rounding, two weights at a time.
 //
-// A code becomes a float by writing its bits under the exponent that gives them weight one: 0x6400 is
-// the half 1024, 0x4300 the bfloat16 128, 0x4b000000 the float 2^23. Subtracting that constant
+// A code becomes a float by writing its bits under the exponent that gives them weight one: 0x6400
+// is the half 1024, 0x4300 the bfloat16 128, 0x4b000000 the float 2^23. Subtracting that constant
 // together with the zero point is exact, so only the product with the scale rounds.
 #pragma once
 

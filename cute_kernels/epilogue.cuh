@@ -1,5 +1,5 @@
-// From a warp's accumulators to the output: SwiGLU, routing weight, rounding, and a transposition in
-// registers, because the sums lie with weights along the mma's rows and the output with features
+// From a warp's accumulators to the output: SwiGLU, routing weight, rounding, and a transposition
+// in registers, because the sums lie with weights along the mma's rows and the output with features
 // along its own.
 #pragma once
 
@@ -27,7 +27,8 @@ __device__ __forceinline__ void transpose_quad(unsigned (&blocks)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (i & mask) continue;
-      const unsigned received = __shfl_xor_sync(0xffffffff, upper ? blocks[i] : blocks[i + mask], mask);
+      const unsigned sent = upper ? blocks[i] : blocks[i + mask];
+      const unsigned received = __shfl_xor_sync(0xffffffff, sent, mask);
       (upper ? blocks[i] : blocks[i + mask]) = received;
     }
   }

@@ -1,5 +1,6 @@
 // grouped_gemm: rows grouped by slot times each slot's 16-bit weight matrix, with the gather of the
-// token rows, SwiGLU and the routing weight fused. One instance a compilation; instances.py lists them.
+// token rows, SwiGLU and the routing weight fused. A compilation makes one instance:
+// instances.py lists them.
 #include "matrix_kernel.cuh"
 #include "plain_weights.cuh"
 
@@ -12,8 +13,7 @@ using Element = light::BFloat16;
 using Tile =
     light::MatrixTile<Element, LIGHT_TILE_WEIGHT_ROWS, LIGHT_TILE_TOKENS, LIGHT_TILE_DEPTH,
                       LIGHT_TILE_STAGES, LIGHT_WARPS_WEIGHT, LIGHT_WARPS_TOKENS,
-                      LIGHT_CTAS_PER_SM, 16, LIGHT_SWIGLU,
-                      LIGHT_HALF_ACCUMULATE>;
+                      LIGHT_CTAS_PER_SM, 16, LIGHT_SWIGLU, LIGHT_HALF_ACCUMULATE>;
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)

@@ -1,5 +1,5 @@
-// The machine instructions of the matrix kernels: CuTe's mma atoms, and copies by 32-bit shared-memory
-// addresses, which the pipeline computes with.
+// The machine instructions of the matrix kernels: CuTe's mma atoms, and copies by 32-bit
+// shared-memory addresses, which the pipeline computes with.
 #pragma once
 
 #include <cute/arch/mma_sm75.hpp>
@@ -60,8 +60,8 @@ struct BFloat16 {
 #endif
 };
 
-// fp16 accumulators: GeForce Turing runs them at twice the rate of fp32 ones. Two accumulators of two
-// halves each: (row g, tokens 2t, 2t + 1) and (row g + 8, the same tokens).
+// fp16 accumulators: GeForce Turing runs them at twice the rate of fp32 ones. Two accumulators of
+// two halves each: (row g, tokens 2t, 2t + 1) and (row g + 8, the same tokens).
 __device__ __forceinline__ void mma_half(unsigned (&sums)[2], const unsigned (&a)[4],
                                          const unsigned (&b)[2]) {
 #pragma unroll

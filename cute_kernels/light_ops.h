@@ -83,7 +83,7 @@ typedef struct light_grouped_gemm_args {
   int output_float32;        // only without swiglu
   void *split_sums;          // fp32 partial sums of light_split_bytes; null where depth_splits is 1
   int *split_tickets;        // one of each output tile, zero before the first call; left zero
-  int depth_splits;          // CTAs that share the depth of an output tile, their sums added in order
+  int depth_splits;          // CTAs that share an output tile's depth, their sums added in order
   int groups_settled;        // the groups' tables are older than the kernel in front of this one
 } light_grouped_gemm_args;
 
@@ -93,10 +93,10 @@ typedef struct light_quant_gemm_args {
   light_pair_groups groups;
   const void *rows;
   const int *pair_row;
-  const void *weights;       // first slot's packed blocks [N/16, depth/64, 32 lanes, 16 or 32 bytes]
+  const void *weights;       // first slot's blocks [N/16, depth/64, 32 lanes, 16 or 2 x 16 bytes]
   const void *scales;        // first slot's scales [N/16, depth/group_size, 16] of dtype
   const void *zeros;         // the same shape and dtype, zero points as numbers; null: symmetric
-  long long slot_bytes;      // from one slot's blob to the next slot's (weights, scales, zeros alike)
+  long long slot_bytes;      // from one slot's blob to the next's (weights, scales, zeros alike)
   const float *pair_weight;
   void *output;
   int depth;
@@ -107,7 +107,7 @@ typedef struct light_quant_gemm_args {
   int group_size;            // 32, 64 or 128 elements of depth share a scale
   void *split_sums;          // fp32 partial sums of light_split_bytes; null where depth_splits is 1
   int *split_tickets;        // one of each output tile, zero before the first call; left zero
-  int depth_splits;          // CTAs that share the depth of an output tile, their sums added in order
+  int depth_splits;          // CTAs that share an output tile's depth, their sums added in order
   int groups_settled;        // the groups' tables are older than the kernel in front of this one
 } light_quant_gemm_args;
 
@@ -228,7 +228,7 @@ LIGHT_API light_status light_grouped_gemm(const light_grouped_gemm_args *args,
 LIGHT_API light_status light_quant_gemm(const light_quant_gemm_args *args, const light_tile *tile,
                                         light_dtype dtype, int max_ctas, light_stream stream);
 
-// What a product split along its depth needs: a ticket for each tile of its output, which are at most
+// What a product split along its depth needs: a ticket for each tile of its output, these at most
 // light_output_tiles (weight_rows counts gate and up rows both), and so many bytes of split_sums.
 LIGHT_API long long light_output_tiles(const light_tile *tile, int num_pairs, int num_groups,
                                        int weight_rows);

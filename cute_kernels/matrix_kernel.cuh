@@ -2,9 +2,9 @@
 //
 //     queue ──> copies into the stages (ahead) ──> fragments ──> mma ──> epilogue
 //
-// Copies, fragments and mma of neighbouring tiles overlap: to the pipeline, the last stage of a tile
-// and the first of the next are neighbours like any two. Each output is one chain of mma along the
-// depth in ascending order, whatever the tile, so a row's bits never depend on its neighbours.
+// Copies, fragments and mma of neighbouring tiles overlap: to the pipeline, the last stage of a
+// tile and the first of the next are neighbours like any two. Each output is one chain of mma along
+// the depth in ascending order, whatever the tile, so a row's bits never depend on its neighbours.
 #pragma once
 
 #include "epilogue.cuh"
@@ -73,7 +73,9 @@ class MatrixKernel {
           total((depth + Tile::kDepth - 1) / Tile::kDepth),
           part((total + count - 1) / count) {}
     __device__ __forceinline__ int begin(int split) const { return split * part * Tile::kDepth; }
-    __device__ __forceinline__ int steps(int split) const { return min(part, total - split * part); }
+    __device__ __forceinline__ int steps(int split) const {
+      return min(part, total - split * part);
+    }
     __device__ __forceinline__ int fewest_steps() const { return steps(count - 1); }
   };
 
@@ -84,8 +86,8 @@ class MatrixKernel {
   }
 
   // When within a stage the copies are made, counted in pairs of token tiles. With cp.async all at
-  // once: measured faster than spread between the mma. Without it a copy is a store of what the last
-  // stage fetched, and a fetch: half of them in each half of the stage.
+  // once: measured faster than spread between the mma. Without it a copy is a store of what the
+  // last stage fetched, and a fetch: half of them in each half of the stage.
   static constexpr int kSlots = kAsyncCopies ? 1 : min_int(2, Tile::kSteps * Tile::kTokenPairs - 1);
   static constexpr int kCopies = Weights::kCopies + TokenRows<Tile>::kCopies;
 
@@ -195,8 +197,8 @@ class MatrixKernel {
     }
   }
 
-  // Before each pair of token tiles is multiplied, the operands of the next one are asked for. All of
-  // a stage is read before the barrier in front of its last pair, so the copies may then reuse it.
+  // Before each pair of token tiles is multiplied, the operands of the next one are asked for. All
+  // of a stage is read before the barrier in front of its last pair; then the copies may reuse it.
   __device__ __forceinline__ void run_stage() {
     unsigned at = stage(compute_stage_);
     if constexpr (Tile::kHalfAccumulate) clear_half_sums();
@@ -337,7 +339,7 @@ class MatrixKernel {
   int copy_unit_ = 0;
   int copy_depth_ = 0;
   int copy_end_ = 0;
-  int copy_stage_ = kAsyncCopies ? 0 : 1;  // where nothing was fetched yet, stage 1 is written first
+  int copy_stage_ = kAsyncCopies ? 0 : 1;  // where nothing was fetched yet, stage 1 comes first
   int row_fetched_ = -1;
   int row_age_ = 0;
   int fetched_row_ = 0;

@@ -1,6 +1,6 @@
-// The weights' side of a tile (the mma's A operand), quantised: blocks of 16 rows x 64 of depth that
-// lightmoe/quant/fragments.py packed in fragment order, so a lane's part is 16 bytes wherever the
-// block lies: no swizzle, no ldmatrix. Scales and zero points travel with the stage.
+// The weights' side of a tile (the mma's A operand), quantised: blocks of 16 rows x 64 of depth
+// that lightmoe/quant/fragments.py packed in fragment order, so a lane's part is 16 bytes wherever
+// the block lies: no swizzle, no ldmatrix. Scales and zero points travel with the stage.
 #pragma once
 
 #include "dequantize.cuh"

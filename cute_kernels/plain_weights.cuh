@@ -16,7 +16,8 @@ class PlainWeights {
                 "a step stores whole blocks");
 
  public:
-  static constexpr int kCopies = Store::num_steps(Tile::kWeightRows);  // of 16 bytes a thread and stage
+  // Of 16 bytes, a thread and stage.
+  static constexpr int kCopies = Store::num_steps(Tile::kWeightRows);
 
   __device__ __forceinline__ PlainWeights(const light_grouped_gemm_args &args, int warp_row)
       : weights_(static_cast<const char *>(args.weights)),
@@ -39,9 +40,8 @@ class PlainWeights {
   __device__ __forceinline__ void begin_tile(int slot, int weight_block) {
     const int feature = weight_block * (Tile::kWeightRows / 16 * kFeaturesPerBlock) + feature_;
     steps_left_ = max(num_features_ - 1 - feature, 0) / kStepFeatures;
-    row_ = weights_ + slot * slot_bytes_ +
-           (static_cast<long long>(min(feature, num_features_ - 1) + first_row_) * depth_ + chunk_) *
-               2;
+    const long long row = min(feature, num_features_ - 1) + first_row_;
+    row_ = weights_ + slot * slot_bytes_ + (row * depth_ + chunk_) * 2;
   }
 
   // The stage's copies start here: `depth` elements into the rows, `bytes` 16, or 0 behind the end.

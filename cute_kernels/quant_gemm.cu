@@ -1,4 +1,5 @@
-// quant_gemm: grouped_gemm from weight-only quantised experts (int4, int8), dequantised in registers.
+// quant_gemm: grouped_gemm from weight-only quantised experts (int4, int8), dequantised in
+// registers.
 #include "matrix_kernel.cuh"
 #include "packed_weights.cuh"
 
@@ -10,7 +11,8 @@ using Element = light::BFloat16;
 #endif
 using Tile = light::MatrixTile<Element, LIGHT_TILE_WEIGHT_ROWS, LIGHT_TILE_TOKENS, LIGHT_TILE_DEPTH,
                                LIGHT_TILE_STAGES, LIGHT_WARPS_WEIGHT, LIGHT_WARPS_TOKENS,
-                               LIGHT_CTAS_PER_SM, LIGHT_NUM_BITS, LIGHT_SWIGLU, LIGHT_HALF_ACCUMULATE>;
+                               LIGHT_CTAS_PER_SM, LIGHT_NUM_BITS, LIGHT_SWIGLU,
+                               LIGHT_HALF_ACCUMULATE>;
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)

@@ -22,8 +22,8 @@ struct TileWork {
 
 // Unit `in_group` of a group of `num_tiles` token tiles, for in_group < num_tiles *
 // num_weight_blocks: bands of kBandTiles token tiles; in a band weight blocks in order; for each of
-// them the band's tiles. The units of all groups follow each other, so unit `work` of all belongs to
-// group g = tile_groups[work / num_weight_blocks] and is its unit
+// them the band's tiles. The units of all groups follow each other, so unit `work` of all belongs
+// to group g = tile_groups[work / num_weight_blocks] and is its unit
 // work - tile_offsets[g] * num_weight_blocks.
 LIGHT_HOST_DEVICE constexpr TileWork tile_work(int in_group, int num_tiles,
                                                int num_weight_blocks) {

@@ -1,6 +1,6 @@
 // Which tiles a CTA computes. A grid smaller than the work is persistent: CTA c takes units c,
-// c + grid, c + 2 grid ... The look-ups (counts, slots, row numbers: all in device memory) run ahead
-// of the copies, so that the pipeline does not drain between two tiles.
+// c + grid, c + 2 grid ... The look-ups (counts, slots, row numbers: all in device memory) run
+// ahead of the copies, so that the pipeline does not drain between two tiles.
 #pragma once
 
 #include "matrix_tile.cuh"

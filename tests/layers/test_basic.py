@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from lightmoe.layers.basic import Linear, RMSNorm, Rotary, rotate
+from lightmoe import kernels
+from lightmoe.layers.basic import HeadLinear, Linear, RMSNorm, Rotary, rotate
 from tests.kernels.rows import DTYPES, NUM_ROWS, assert_row_invariant, random_rows
 
 CPU = torch.device("cpu")
@@ -74,3 +75,22 @@ def test_linear_multiplies_by_the_transposed_weight() -> None:
     rows, weight = random_rows(5, 12), random_rows(7, 12, seed=1)
 
     torch.testing.assert_close(Linear(weight)(rows), rows @ weight.t())
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 7])
+def test_heads_of_any_number_of_tokens_are_packed_rows(
+    num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[torch.Tensor] = []
+    product = kernels.grouped_gemm
+    monkeypatch.setattr(
+        kernels, "grouped_gemm", lambda rows, *rest: given.append(rows) or product(rows, *rest)
+    )
+    heads = random_rows(num_tokens, 4 * 24).view(num_tokens, 4, 24)[:, :, :16]  # of wider rows
+    weights = random_rows(4 * 8, 16, seed=1).view(4, 8, 16)
+
+    products = HeadLinear(weights)(heads)
+
+    assert given[0].stride() == (16, 1)
+    wanted = torch.einsum("thd,hnd->thn", heads.double(), weights.double())
+    torch.testing.assert_close(products.double(), wanted, rtol=1e-5, atol=1e-5)

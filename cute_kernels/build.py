@@ -165,10 +165,14 @@ def cards() -> list[str]:
         return []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     capabilities = done.stdout.split() if done.returncode == 0 else []
-    found = {instances.nearest(int(capability.replace(".", ""))) for capability in capabilities}
-    if None in found:
-        print(f"no kernels for some of the cards: {', '.join(sorted(set(capabilities)))}")
-    return sorted(str(architecture) for architecture in found if architecture is not None)
+    nearest = {
+        capability: instances.nearest(int(capability.replace(".", "")))
+        for capability in capabilities
+    }
+    for capability, architecture in sorted(nearest.items()):
+        if architecture is None:
+            print(f"no kernels for cards of compute capability {capability}: left out")
+    return sorted({str(architecture) for architecture in nearest.values() if architecture})
 
 
 def select(architecture: int, pattern: str, one_per_stem: bool) -> list[Program]:

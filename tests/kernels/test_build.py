@@ -229,14 +229,17 @@ def test_an_unknown_architecture(checkout: Path, text: str) -> None:
     )
 
 
-def test_native_takes_the_cards_that_are_here(module, monkeypatch, tmp_path: Path) -> None:
+def test_native_takes_the_cards_that_are_here(
+    module, monkeypatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     builder = module("build")
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\nprintf '7.5\\n7.5\\n12.0\\n9.0\\n'\n")
+    tool.write_text("#!/bin/sh\nprintf '7.5\\n7.5\\n12.0\\n8.7\\n9.0\\n'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     names = [architecture.folder for architecture in builder.parse_architectures("native,75ptx")]
-    assert names == ["120", "75", "90", "75ptx"]
+    assert names == ["75", "86", "90", "75ptx"]  # 8.7 runs the code of sm_86
+    assert capsys.readouterr().out == "no kernels for cards of compute capability 12.0: left out\n"
     tool.write_text("#!/bin/sh\necho 'no devices were found'; exit 6\n")
     with pytest.raises(ValueError, match="no NVIDIA card here; say what to build for: --arch"):
         builder.parse_architectures("native")

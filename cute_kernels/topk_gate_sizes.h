@@ -9,7 +9,8 @@
 
 namespace light::gate {
 
-constexpr int kMaxCtas = 256;  // of a launch that exchanges counts
+constexpr int kMaxCtas = 256;     // of a launch that exchanges counts
+constexpr int kPollingCtas = 24;  // more would slow each other down: they meet first
 constexpr int kMaxExperts = 512;
 constexpr int kMaxExpertsPerToken = 16;
 constexpr int kMaxGroups = 32;

@@ -15,7 +15,6 @@
 namespace light::gate {
 
 constexpr unsigned kPresent = 0x8000;  // beside a count of at most 2^15 - 1
-constexpr int kPollingCtas = 24;       // more would slow each other down: they meet first
 constexpr int kRowsAtOnce = 8;         // CTAs whose counts a thread waits for together
 
 // Tokens [begin, end) of a warp.

@@ -12,7 +12,7 @@ namespace {
 constexpr const char *kProgram = "topk_gate";
 constexpr int kMostThreads = 1024, kManyExpertsThreads = 512;
 constexpr int kAloneWarps = 16, kAloneWork = 2048;  // warps x experts that one CTA does quickest
-constexpr int kPollingWarps = 16 * 24, kPollingCtas = 24;  // topk_gate_sort.cuh: no barrier
+constexpr int kPollingWarps = 16 * gate::kPollingCtas;  // topk_gate_sort.cuh: no barrier
 
 int ceil_div(long long value, int divisor) { return (value + divisor - 1) / divisor; }
 
@@ -48,7 +48,7 @@ Deal deal_out(int num_tokens, int num_experts, int at_once, int most_ctas) {
     return share_out(num_tokens, at_once, 1, num_warps);
   }
   const int wanted = work_warps <= kPollingWarps
-                         ? std::min(ceil_div(work_warps, 4), kPollingCtas)
+                         ? std::min(ceil_div(work_warps, 4), gate::kPollingCtas)
                          : ceil_div(work_warps, 16);
   const int num_ctas = std::min(wanted, most_ctas);
   const int warps_per_cta = ceil_div(work_warps, num_ctas);

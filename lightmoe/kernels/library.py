@@ -57,11 +57,6 @@ class Library:
         """Make launches use this one's kernels again, after another was open."""
         self._check(self._binding.open(str(self.manifest.directory), self.architecture or ""))
 
-    @property
-    def driver_version(self) -> int:
-        """The CUDA version that the driver speaks: 12020 is 12.2."""
-        return int(self._binding.driver_version())
-
     def architecture_of(self, device: torch.device) -> str:
         """The architecture whose kernels run on a CUDA device; MachineError if none was built."""
         index = _index(device)

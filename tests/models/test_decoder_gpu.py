@@ -181,22 +181,37 @@ def test_sixteen_bits_stay_near_float32(
     assert_near(found.logits, forward(folder, "float32", prompts, found.experts).logits)
 
 
-@pytest.mark.parametrize("dtype", half_dtypes())
-@pytest.mark.parametrize("model", sorted(SMALL))
-def test_other_architectures_stay_near_float32(
-    model: str, dtype: str, tmp_path: Path, checkout: Path
-) -> None:
-    raw = json.loads((checkout / "models" / model / "config.json").read_text(encoding="utf-8"))
+@pytest.fixture(params=sorted(SMALL))
+def made_up(request: pytest.FixtureRequest, tmp_path: Path, checkout: Path) -> Path:
+    """A folder with three narrow layers of an architecture and random weights."""
+    raw = json.loads(
+        (checkout / "models" / request.param / "config.json").read_text(encoding="utf-8")
+    )
     raw |= {"num_hidden_layers": 3, "hidden_size": 128, "vocab_size": 504, "eos_token_id": 2}
-    (tmp_path / "config.json").write_text(json.dumps(raw | SMALL[model]), encoding="utf-8")
+    (tmp_path / "config.json").write_text(json.dumps(raw | SMALL[request.param]), encoding="utf-8")
     # Rounded already, so that all dtypes begin with the same numbers.
     save_file(random_tensors(tmp_path, torch.bfloat16), tmp_path / "model.safetensors")
+    return tmp_path
+
+
+# The scores of a made-up router are nearer to each other than a trained one's: tokens that choose
+# other experts are not counted here.
+@pytest.mark.parametrize("dtype", half_dtypes())
+def test_other_architectures_stay_near_float32(made_up: Path, dtype: str) -> None:
     prompts = [[(7 * one + 3 * place) % 400 for place in range(40)] for one in range(3)]
 
-    found = forward(tmp_path, dtype, prompts)
+    found = forward(made_up, dtype, prompts)
 
-    # The scores of a made-up router are nearer to each other than a trained one's: not counted.
-    assert_near(found.logits, forward(tmp_path, "float32", prompts, found.experts).logits)
+    assert_near(found.logits, forward(made_up, "float32", prompts, found.experts).logits)
+
+
+@pytest.mark.parametrize("dtype", half_dtypes())
+def test_one_token_alone_stays_near_float32(made_up: Path, dtype: str) -> None:
+    """The strides of a dimension of one are anything: every view of one row must be taken."""
+    found = forward(made_up, dtype, [[7]])
+
+    wanted = forward(made_up, "float32", [[7]], found.experts).logits
+    assert (found.logits - wanted).norm() <= 3e-2 * wanted.norm()
 
 
 def test_the_turing_road_stays_near_float32(lite: tuple[Path, list[list[int]]]) -> None:

@@ -213,6 +213,15 @@ int permute_int8(Address rows, Address row_index, Address output, Address scales
                             pointer<void>(stream));
 }
 
+int permute_fp8(Address rows, Address row_index, Address output, Address scales, int num_rows,
+                int width, int group_size, int dtype, int max_ctas, Address stream) {
+  const light_permute_args args =
+      read_permute(rows, row_index, output, scales, num_rows, width);
+  const py::gil_scoped_release released;
+  return light_permute_fp8(&args, static_cast<light_dtype>(dtype), group_size, max_ctas,
+                           pointer<void>(stream));
+}
+
 int dequantize_rows(Address rows, Address row_index, Address output, Address scales, int num_rows,
                     int width, int dtype, int max_ctas, Address stream) {
   const light_permute_args args =
@@ -264,6 +273,9 @@ PYBIND11_MODULE(_light_ops, module) {
              arg("width"), arg("dtype"), arg("max_ctas"), arg("stream"));
   module.def("permute", &permute, py::kw_only(), arg("rows"), arg("row_index"), arg("output"),
              arg("num_rows"), arg("width_bytes"), arg("max_ctas"), arg("stream"));
+  module.def("permute_fp8", &permute_fp8, py::kw_only(), arg("rows"), arg("row_index"),
+             arg("output"), arg("scales"), arg("num_rows"), arg("width"), arg("group_size"),
+             arg("dtype"), arg("max_ctas"), arg("stream"));
   for (const auto &[name, function] :
        {std::pair{"permute_int8", &permute_int8}, std::pair{"dequantize_rows", &dequantize_rows}}) {
     module.def(name, function, py::kw_only(), arg("rows"), arg("row_index"), arg("output"),

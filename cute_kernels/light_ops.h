@@ -126,7 +126,7 @@ typedef struct light_pair_sort {
   int *tile_groups;    // [P / tokens_per_tile + E], of which tile_offsets[E] are written
   void *workspace;
   long long workspace_bytes;
-  int tokens_per_tile;        // a power of two
+  int tokens_per_tile;        // a multiple of 8 up to 256
   int num_tokens;             // T
   int num_experts;            // E, at most 512
   int num_experts_per_token;  // K, at most 16
@@ -186,12 +186,13 @@ typedef struct light_combine_args {
 
 // Rows packed in the order they are sent. Without scales the bytes are copied; with scales rows of
 // dtype become int8: scale = largest magnitude / 127, a row of zeros has scale 0, one with elements
-// that are not finite NaN. Rows to int8 have at most 16384 elements.
+// that are not finite NaN. In e4m3 it is 448, not 127, and a scale may be that of a row or of 128
+// elements of it. Rows with one scale have at most 16384 elements.
 typedef struct light_permute_args {
   const void *rows;      // [R, width]
   const int *row_index;  // [num_rows] source of each row; null: in place
   void *output;          // [num_rows, width]
-  float *scales;         // one for each int8 row: [num_rows] written, [R] read
+  float *scales;         // [num_rows] written, [R] read; e4m3: also [num_rows, ceil(width / 128)]
   int num_rows;
   int width;             // elements, or bytes where they are copied: a multiple of 16 bytes
 } light_permute_args;
@@ -251,6 +252,9 @@ LIGHT_API light_status light_permute(const light_permute_args *args, int max_cta
                                      light_stream stream);
 LIGHT_API light_status light_permute_int8(const light_permute_args *args, light_dtype dtype,
                                           int max_ctas, light_stream stream);
+// `group_size`: 128 elements with a scale (the last ones of a row may be fewer), or 0: the row's.
+LIGHT_API light_status light_permute_fp8(const light_permute_args *args, light_dtype dtype,
+                                         int group_size, int max_ctas, light_stream stream);
 LIGHT_API light_status light_dequantize_rows(const light_permute_args *args, light_dtype dtype,
                                              int max_ctas, light_stream stream);
 

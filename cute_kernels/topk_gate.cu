@@ -94,19 +94,39 @@ __device__ Pair choose_tokens(const light_topk_gate_args &args, const Source &so
                               TokenRange tokens, bool sorted, Sorter &sorter) {
   const int lane = threadIdx.x % kLanes, k = args.sort.num_experts_per_token;
   Pair last;
-  for (int first = tokens.begin; first < tokens.end; first += 32 / kLanes) {
+  const bool of_best_groups = args.num_groups_per_token < args.num_groups;
+  const bool of_all = !args.sigmoid && !args.renormalize;  // the experts' scores add up to one
+  constexpr int kAtOnce = 32 / kLanes;
+#pragma unroll 1
+  for (int first = tokens.begin; first < tokens.end; first += kAtOnce) {
     const int token = first + threadIdx.x % 32 / kLanes;
     const bool exists = token < tokens.end;
     float logits[kValues];
     unsigned keys[kValues];
     source.load(exists ? token : first, lane * kValues, logits);
     make_keys(args, logits, lane, keys);
-    float sum = args.sigmoid || args.renormalize ? 1.0f : softmax_sum<kLanes>(keys);
-    if (args.num_groups_per_token < args.num_groups) {
+    float sum = 1.0f;
+    if (of_best_groups) {
+      sum = of_all ? softmax_sum<kLanes>(keys) : sum;
       keep_best_groups<kLanes>(args, lane, keys);
     }
-    const Choice choice = choose<kLanes, kValues>(keys, k, lane);
+    const Choice choice =
+        choose<kLanes, kValues>(keys, k, lane, sorter.chosen() + threadIdx.x % 32 - lane);
     const bool chosen = exists && lane < k;
+    last = Pair{};
+    if (chosen) {
+      last = {token * k + lane, token, choice.expert};
+    }
+    if (sorted) {
+      sorter.count(last);
+      if (first + kAtOnce >= tokens.end) {
+        sorter.counted();
+      }
+    }
+    // The weights come while other warps exchange the counts.
+    if (of_all && !of_best_groups) {
+      sum = softmax_sum<kLanes>(keys);
+    }
     float score = 0.0f;
     if (args.sigmoid) {
       score = chosen ? sigmoid(without_nan(source.logit(token, choice.expert))) : 0.0f;
@@ -115,50 +135,53 @@ __device__ Pair choose_tokens(const light_topk_gate_args &args, const Source &so
     }
     if (args.renormalize) {
       // Sigmoid scores may all be 0: DeepSeek-V3 adds this, too little to change any other sum.
-      sum = lanes_sum<kLanes>(lane < k ? score : 0.0f) + 1e-20f;
+      constexpr int kChosenLanes = kLanes < kMaxExpertsPerToken ? kLanes : kMaxExpertsPerToken;
+      sum = lanes_sum<kChosenLanes>(lane < k ? score : 0.0f) + 1e-20f;
     }
-    last = Pair{};
     if (chosen) {
-      last = {token * k + lane, token, choice.expert, score / sum * args.scale};
+      last.weight = score / sum * args.scale;
       args.experts[last.index] = last.expert;
       args.weights[last.index] = last.weight;
     }
-    if (sorted) {
-      if constexpr (kLanes == 32) {
-        sorter.count_distinct(last.expert);
-        __syncwarp();
-      } else {
-        sorter.count(last.expert);
-      }
-    }
+  }
+  if (sorted && tokens.begin == tokens.end) {
+    sorter.counted();
   }
   return last;
 }
 
-// With kThreads up to 512 a thread has registers for 16 experts, else for 8.
-template <int kThreads, class Source>
-__device__ Pair choose_tokens(const light_topk_gate_args &args, const Source &source,
-                              TokenRange tokens, bool sorted, Sorter &sorter) {
-  const int num_experts = args.sort.num_experts;
-  if (num_experts <= kFewExperts) {
-    return choose_tokens<8, 1>(args, source, tokens, sorted, sorter);
-  }
-  if (num_experts <= 32) {
-    return choose_tokens<32, 1>(args, source, tokens, sorted, sorter);
-  }
-  if (num_experts <= 64) {
-    return choose_tokens<32, 2>(args, source, tokens, sorted, sorter);
-  }
-  if (num_experts <= 128) {
-    return choose_tokens<32, 4>(args, source, tokens, sorted, sorter);
-  }
-  if (kThreads > 512 || num_experts <= kManyExperts) {
-    return choose_tokens<32, 8>(args, source, tokens, sorted, sorter);
-  }
-  return choose_tokens<32, kThreads <= 512 ? 16 : 8>(args, source, tokens, sorted, sorter);
+// For one of kExpertSizes.
+template <int kSize, class Source>
+__device__ Pair choose_tokens_of(const light_topk_gate_args &args, const Source &source,
+                                 TokenRange tokens, bool sorted, Sorter &sorter) {
+  constexpr int kLanes = kSize <= kFewExperts ? kSize : 32;
+  return choose_tokens<kLanes, kSize / kLanes>(args, source, tokens, sorted, sorter);
 }
 
-template <int kThreads, class Source>
+template <class Source>
+__device__ Pair choose_tokens_of_any(const light_topk_gate_args &args, const Source &source,
+                                     TokenRange tokens, bool sorted, Sorter &sorter) {
+  const int num_experts = args.sort.num_experts;
+  if (num_experts <= 8) {
+    return choose_tokens_of<8>(args, source, tokens, sorted, sorter);
+  }
+  if (num_experts <= 32) {
+    return choose_tokens_of<32>(args, source, tokens, sorted, sorter);
+  }
+  if (num_experts <= 64) {
+    return choose_tokens_of<64>(args, source, tokens, sorted, sorter);
+  }
+  if (num_experts <= 128) {
+    return choose_tokens_of<128>(args, source, tokens, sorted, sorter);
+  }
+  if (num_experts <= 256) {
+    return choose_tokens_of<256>(args, source, tokens, sorted, sorter);
+  }
+  return choose_tokens_of<512>(args, source, tokens, sorted, sorter);
+}
+
+// kSize 0: any of kExpertSizes.
+template <int kSize, class Source>
 __device__ void route(const light_topk_gate_args &args, const Source &source, int cta,
                       Sorter &sorter) {
   const bool sorted = args.sort.offsets != nullptr;
@@ -166,29 +189,34 @@ __device__ void route(const light_topk_gate_args &args, const Source &source, in
     sorter.load_round();
   }
   const TokenRange tokens = TokenRange::of_warp(args.sort, cta);
-  const Pair last = choose_tokens<kThreads>(args, source, tokens, sorted, sorter);
+  Pair last;
+  if constexpr (kSize == 0) {
+    last = choose_tokens_of_any(args, source, tokens, sorted, sorter);
+  } else {
+    last = choose_tokens_of<kSize>(args, source, tokens, sorted, sorter);
+  }
   if (sorted) {
     const int num_tokens = tokens.end - tokens.begin;
-    const int at_once = tokens_at_once(args.sort.num_experts);
+    const int at_once = kSize > 0 ? tokens_at_once(kSize) : tokens_at_once(args.sort.num_experts);
     const int num_last = num_tokens > 0 ? (num_tokens - 1) % at_once + 1 : 0;
     sorter.place({tokens.begin, tokens.end - num_last}, args.experts, args.weights, last);
   }
 }
 
-template <int kThreads, typename Scalar>
+template <int kSize, typename Scalar>
 __device__ void gate_from_logits(const light_topk_gate_args &args) {
   extern __shared__ __align__(16) char shared[];
-  Sorter sorter(args.sort, blockIdx.x, gridDim.x, shared);
+  Sorter sorter(args.sort, blockIdx.x, gridDim.x, true, shared);
   if (args.sort.offsets != nullptr) {
     sorter.clear();
   }
   wait_for_previous_kernel();
   const GivenLogits<Scalar> source{static_cast<const Scalar *>(args.logits),
                                    args.sort.num_experts};
-  route<kThreads>(args, source, blockIdx.x, sorter);
+  route<kSize>(args, source, blockIdx.x, sorter);
 }
 
-// Few tokens are finished by the CTA that is done last; more by several, after all are done.
+// The tokens are finished by the CTAs that are done last.
 template <typename Hidden, typename Router>
 __device__ void gate_from_hidden(const light_topk_gate_args &args) {
   const int num_experts = args.sort.num_experts;
@@ -199,24 +227,16 @@ __device__ void gate_from_hidden(const light_topk_gate_args &args) {
                                   reinterpret_cast<float *>(shared));
   write_partials(team, partials, args.sort.num_tokens, num_experts);
   const int num_ctas = args.sort.num_ctas;
-  int cta = blockIdx.x;
-  if (num_ctas == 1) {
-    if (!arrives_last(&exchange->ticket_counter, gridDim.x)) {
-      return;
-    }
-    cta = 0;
-  } else {
-    wait_for_all_ctas(&exchange->router_counter, gridDim.x);
-    if (cta >= num_ctas) {
-      return;
-    }
+  const int cta = arrive_among_last(&exchange->router_counter, gridDim.x, num_ctas);
+  if (cta < 0) {
+    return;
   }
-  Sorter sorter(args.sort, cta, num_ctas, shared);
+  Sorter sorter(args.sort, cta, num_ctas, true, shared);
   if (args.sort.offsets != nullptr) {
     sorter.clear();
   }
   const SummedLogits source{partials, num_experts, team.num_splits()};
-  route<512>(args, source, cta, sorter);
+  route<0>(args, source, cta, sorter);
 }
 
 template <typename Hidden, typename Router>
@@ -230,7 +250,7 @@ __device__ void router_logits(const light_router_logits_args &args) {
 __device__ void sort_given_pairs(const light_sort_pairs_args &args) {
   extern __shared__ __align__(16) char shared[];
   const int num_experts = args.sort.num_experts, k = args.sort.num_experts_per_token;
-  Sorter sorter(args.sort, blockIdx.x, gridDim.x, shared);
+  Sorter sorter(args.sort, blockIdx.x, gridDim.x, false, shared);
   sorter.clear();
   wait_for_previous_kernel();
   sorter.load_round();
@@ -238,18 +258,23 @@ __device__ void sort_given_pairs(const light_sort_pairs_args &args) {
   for (int first = tokens.begin * k; first < tokens.end * k; first += 32) {
     const int pair = first + threadIdx.x % 32;
     const int expert = pair < tokens.end * k ? args.experts[pair] : -1;
-    sorter.count(expert < num_experts ? max(expert, -1) : -1);
+    sorter.count({pair, 0, expert < num_experts ? max(expert, -1) : -1});
   }
+  sorter.counted();
   sorter.place(tokens, args.experts, args.weights, Pair{});
 }
 
 }  // namespace light::gate
 
-#define LIGHT_GATE_FROM_LOGITS(name, threads, Scalar)                              \
-  extern "C" __global__ void __launch_bounds__(threads, 1)                          \
+#define LIGHT_GATE_FROM_LOGITS(name, size, Scalar)                                 \
+  extern "C" __global__ void __launch_bounds__(light::gate::most_threads(size), 1) \
       topk_gate_logits_##name(const __grid_constant__ light_topk_gate_args args) { \
-    light::gate::gate_from_logits<threads, Scalar>(args);                          \
+    light::gate::gate_from_logits<size, Scalar>(args);                             \
   }
+#define LIGHT_GATE_OF_SIZE(size)                         \
+  LIGHT_GATE_FROM_LOGITS(f32_e##size, size, float)       \
+  LIGHT_GATE_FROM_LOGITS(f16_e##size, size, __half)      \
+  LIGHT_GATE_FROM_LOGITS(bf16_e##size, size, __nv_bfloat16)
 #define LIGHT_GATE_FROM_HIDDEN(name, Hidden, Router)                                  \
   extern "C" __global__ void __launch_bounds__(512, 1)                                \
       topk_gate_router_##name(const __grid_constant__ light_topk_gate_args args) {    \
@@ -260,12 +285,12 @@ __device__ void sort_given_pairs(const light_sort_pairs_args &args) {
     light::gate::router_logits<Hidden, Router>(args);                                 \
   }
 
-LIGHT_GATE_FROM_LOGITS(f32_t1024, 1024, float)  // at most 256 experts
-LIGHT_GATE_FROM_LOGITS(f16_t1024, 1024, __half)
-LIGHT_GATE_FROM_LOGITS(bf16_t1024, 1024, __nv_bfloat16)
-LIGHT_GATE_FROM_LOGITS(f32_t512, 512, float)
-LIGHT_GATE_FROM_LOGITS(f16_t512, 512, __half)
-LIGHT_GATE_FROM_LOGITS(bf16_t512, 512, __nv_bfloat16)
+LIGHT_GATE_OF_SIZE(8)
+LIGHT_GATE_OF_SIZE(32)
+LIGHT_GATE_OF_SIZE(64)
+LIGHT_GATE_OF_SIZE(128)
+LIGHT_GATE_OF_SIZE(256)
+LIGHT_GATE_OF_SIZE(512)
 LIGHT_GATE_FROM_HIDDEN(f16_f16, __half, __half)
 LIGHT_GATE_FROM_HIDDEN(f16_f32, __half, float)
 LIGHT_GATE_FROM_HIDDEN(bf16_bf16, __nv_bfloat16, __nv_bfloat16)

@@ -76,8 +76,10 @@ __device__ inline unsigned load_acquire(const unsigned *address) {
   return value;
 }
 
-__device__ inline void store_relaxed(unsigned short *address, unsigned value) {
-  asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(address), "h"((unsigned short)value)
+// Four neighbours; the address is a multiple of 8 bytes.
+__device__ inline void store_relaxed(unsigned short *address, uint2 value) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(value.x),
+               "r"(value.y)
                : "memory");
 }
 
@@ -102,18 +104,29 @@ __device__ inline void wait_for_all_ctas(unsigned *counter, int num_ctas) {
   __syncthreads();
 }
 
-// True in all threads of the CTA that arrives last, which sees what the others wrote. The counter
-// is 0 again afterwards.
-__device__ inline bool arrives_last(unsigned *counter, int num_ctas) {
-  __shared__ bool is_last;
+// The `num_last` CTAs of a grid that arrive last get 0, 1, ... once all have arrived, and see what
+// the others wrote; the others get less than 0 at once and may leave, so those that wait never keep
+// a CTA from starting. A round adds 2^31 in all, as above.
+__device__ inline int arrive_among_last(unsigned *counter, int num_ctas, int num_last) {
+  __shared__ int place;
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    is_last = atomicInc(counter, num_ctas - 1) == num_ctas - 1;
-    __threadfence();
+    const unsigned before = atomicAdd(counter, 1);
+    const int arrival = before & 0x7fffffff;
+    if (arrival == num_ctas - 1) {
+      atomicAdd(counter, 0x80000000u - num_ctas);
+      __threadfence();
+    } else if (arrival >= num_ctas - num_last) {
+      unsigned now;
+      do {
+        now = load_acquire(counter);
+      } while (((now ^ before) & 0x80000000u) == 0 && (now & 0x7fffffff) != num_ctas);
+    }
+    place = arrival - (num_ctas - num_last);
   }
   __syncthreads();
-  return is_last;
+  return place;
 }
 
 }  // namespace light::gate

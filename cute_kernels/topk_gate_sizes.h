@@ -9,14 +9,23 @@
 
 namespace light::gate {
 
-constexpr int kMaxCtas = 256;     // of a launch that exchanges counts
+constexpr int kMaxCtas = 256;     // of a launch that exchanges counts through the workspace
 constexpr int kPollingCtas = 24;  // more would slow each other down: they meet first
+constexpr int kMaxClusterCtas = 16, kPortableClusterCtas = 8;
 constexpr int kMaxExperts = 512;
 constexpr int kMaxExpertsPerToken = 16;
 constexpr int kMaxGroups = 32;
 constexpr int kMaxCount = 0x7fff;  // pairs of one expert in one CTA, where several exchange counts
 constexpr int kFewExperts = 8;     // up to here a warp holds four tokens at once
-constexpr int kManyExperts = 256;  // from here on a CTA has at most 512 threads
+constexpr int kManyExperts = 256;  // with more a CTA has at most 512 threads
+constexpr int kMaxWarps = 32;
+
+LIGHT_GATE_BOTH constexpr int most_threads(int num_experts) {
+  return num_experts > kManyExperts ? 16 * kMaxWarps : 32 * kMaxWarps;
+}
+
+// Tiles of the sort: multiples of the first, up to the second.
+constexpr int kTileTokens = 8, kMaxTileTokens = 256;
 
 // The router product (topk_gate_router.cuh): a unit is 8 experts x 1024 of depth for 4 warps.
 constexpr int kUnitExperts = 8, kUnitDepth = 1024, kTeamWarps = kUnitDepth / 256;
@@ -24,32 +33,73 @@ constexpr int kRouterThreads = 512;
 constexpr int kRouterTokens = 64;
 constexpr int kSumsPerTeam = kRouterTokens * kTeamWarps * kUnitExperts;
 
+// Numbers of experts that the gate is compiled for: the next larger one takes all below it.
+constexpr int kExpertSizes[] = {8, 32, 64, 128, 256, 512};
+
 LIGHT_GATE_BOTH constexpr int tokens_at_once(int num_experts) {
   return num_experts <= kFewExperts ? 4 : 1;
+}
+
+LIGHT_GATE_BOTH constexpr bool is_tile(int tokens_per_tile) {
+  return tokens_per_tile >= kTileTokens && tokens_per_tile <= kMaxTileTokens &&
+         tokens_per_tile % kTileTokens == 0;
+}
+
+// What num_tiles() multiplies with in place of a division: 2^31 / (tokens_per_tile / 8), rounded
+// up. The product is exact for fewer than 2^26 eights.
+LIGHT_GATE_BOTH constexpr unsigned tile_reciprocal(int tokens_per_tile) {
+  return 0x7fffffffu / (tokens_per_tile / kTileTokens) + 1;
+}
+
+LIGHT_GATE_BOTH constexpr int num_tiles(int pairs, int tokens_per_tile, unsigned reciprocal) {
+  const unsigned eights = (pairs + tokens_per_tile - 1) / static_cast<unsigned>(kTileTokens);
+  return static_cast<int>(static_cast<unsigned long long>(eights) * reciprocal >> 31);
+}
+
+// Neighbouring experts whose counts of 16 bits a thread adds up: a row of counts has whole columns.
+constexpr int kColumnExperts = 4;
+LIGHT_GATE_BOTH constexpr int num_columns(int num_experts) {
+  return (num_experts + kColumnExperts - 1) / kColumnExperts;
+}
+constexpr int kMaxColumns = num_columns(kMaxExperts);
+
+// Warps that have the columns, a thread each.
+LIGHT_GATE_BOTH constexpr int exchanging_warps(int num_experts) {
+  return (num_columns(num_experts) + 31) / 32;
 }
 
 // The workspace begins with this; all zeros at first. A launch that exchanges counts marks them as
 // present, so a few CTAs wait for nothing but the counts that they read. Rounds take turns with two
 // tables: the marks of the round before are wiped while the other table is in use.
 struct Exchange {
-  unsigned router_counter, ticket_counter, sort_counter;
+  unsigned router_counter, sort_counter;
   unsigned round;
   unsigned marked[2];  // what is marked in each table: experts << 16 | CTAs
-  unsigned reserved[58];
+  unsigned reserved[59];
   unsigned short counts[2][kMaxCtas][kMaxExperts];
 };
 
-// Dynamic shared memory of the sort; `warps` rows of `num_experts` counts stand behind it.
-struct SortMemory {
+struct alignas(8) Chosen {
+  unsigned key;  // by which it was chosen
+  int expert;
+};
+
+// Dynamic shared memory of the sort. Rows of counts stand behind it: one for each warp, then one
+// for each CTA of a cluster.
+struct alignas(16) SortMemory {
   int position[kMaxExperts];  // where this CTA's first pair of each expert goes
-  int tile_offsets[kMaxExperts + 1];
-  int warp_pairs[kMaxExperts / 32], warp_tiles[kMaxExperts / 32];
+  int tile_ends[kMaxExperts];
   int before[kMaxExperts], total[kMaxExperts];  // pairs in the CTAs before, in all
+  Chosen chosen[kMaxWarps][32];                 // by the tokens that a warp holds
+  int warp_pairs[kMaxColumns / 32], warp_tiles[kMaxColumns / 32];
+  unsigned long long arrivals;  // of the cluster's counts
   unsigned round, to_wipe;
 };
 
-constexpr int sort_shared_bytes(int num_threads, int num_experts) {
-  const int bytes = sizeof(SortMemory) + num_threads / 32 * num_experts * 2;
+constexpr int sort_shared_bytes(int num_threads, int num_experts, int cluster_ctas = 0) {
+  const int row_bytes = num_columns(num_experts) * kColumnExperts * 2;
+  const int bytes =
+      static_cast<int>(sizeof(SortMemory)) + (num_threads / 32 + cluster_ctas) * row_bytes;
   return (bytes + 15) / 16 * 16;
 }
 

@@ -28,6 +28,7 @@ constexpr int kMaxSharedMemoryPerBlockOptin = 97;
 
 constexpr int kFunctionSharedBytes = 1;  // CUfunction_attribute
 constexpr int kFunctionMaxDynamicSharedBytes = 8;
+constexpr int kFunctionNonPortableClusterSizeAllowed = 14;
 
 constexpr int kJitErrorLogBuffer = 5;  // CUjit_option
 constexpr int kJitErrorLogBufferBytes = 6;
@@ -74,6 +75,8 @@ struct LaunchConfig {  // CUlaunchConfig
   X(cuFuncSetAttribute, (Function function, int attribute, int value))                           \
   X(cuOccupancyMaxActiveBlocksPerMultiprocessor,                                                 \
     (int *num_blocks, Function function, int threads, size_t shared_bytes))                      \
+  X(cuOccupancyMaxActiveClusters,                                                                \
+    (int *num_clusters, Function function, const LaunchConfig *config))                          \
   X(cuLaunchKernelEx,                                                                            \
     (const LaunchConfig *config, Function function, void **parameters, void **extra))            \
   X(cuThreadExchangeStreamCaptureMode, (int *mode))                                              \

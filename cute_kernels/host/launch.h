@@ -46,6 +46,9 @@ light_status launch(const Kernel &kernel, Grid grid, const Args &args, light_str
   return launch_bytes(kernel, grid, &args, stream, options);
 }
 
+// Whether the device takes a cluster of more than 8 CTAs of this kernel; allows it where it does.
+light_status large_cluster_fits(const Kernel &kernel, int cluster, bool *fits);
+
 void set_overlapped_launch(bool on);
 
 }  // namespace light

@@ -1,4 +1,5 @@
-// light_permute, light_permute_int8 and light_dequantize_rows: rows in another order, or as int8.
+// light_permute, light_permute_int8, light_permute_fp8 and light_dequantize_rows: rows in another
+// order, as int8 or as e4m3.
 #include <algorithm>
 #include <string>
 
@@ -8,7 +9,9 @@ namespace light {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRowVectors = 8;  // 16-byte vectors of a row to int8 that a thread holds
+constexpr int kRowVectors = 8;  // 16-byte vectors that a thread holds of a row with one scale
+constexpr int kGroupSize = 128;
+constexpr int kSpanElements = 1024;  // of a row by groups that a warp takes at a time
 
 light_status check_rows(const char *stem, const light_permute_args *args, int multiple,
                         bool scaled) {
@@ -40,6 +43,32 @@ light_status launch_rows(const char *name, light_dtype dtype, const light_permut
   return launch(*kernel, {static_cast<unsigned int>(num_ctas)}, args, stream);
 }
 
+// One scale a row: a CTA holds the row in its registers.
+light_status launch_whole_rows(const char *stem, const char *name, light_dtype dtype,
+                               const light_permute_args &args, int max_ctas,
+                               light_stream stream) {
+  const int elements_per_warp = 8 * 32 * kRowVectors;
+  const int threads = (args.width - 1) / elements_per_warp * 32 + 32;
+  if (threads > kThreads) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: width %d is over %d", stem, args.width,
+                kThreads * 8 * kRowVectors);
+  }
+  return launch_rows(name, dtype, args, threads, args.num_rows, max_ctas, stream);
+}
+
+light_status launch_groups(const char *stem, const char *name, light_dtype dtype,
+                           const light_permute_args &args, int max_ctas, light_stream stream) {
+  const long long spans_per_row = (args.width - 1) / kSpanElements + 1;
+  const long long num_spans = args.num_rows * spans_per_row;
+  if (num_spans > 0x7fffffff) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: %d rows of width %d are too many", stem, args.num_rows,
+                args.width);
+  }
+  const int warps_per_cta = kThreads / 32;
+  const long long num_ctas = (num_spans + warps_per_cta - 1) / warps_per_cta;
+  return launch_rows(name, dtype, args, kThreads, num_ctas, max_ctas, stream);
+}
+
 }  // namespace
 }  // namespace light
 
@@ -59,14 +88,21 @@ light_status light_permute(const light_permute_args *args, int max_ctas, light_s
 light_status light_permute_int8(const light_permute_args *args, light_dtype dtype, int max_ctas,
                                 light_stream stream) {
   LIGHT_TRY(light::check_rows("permute_int8", args, 8, true));
-  const int elements_per_warp = 8 * 32 * light::kRowVectors;
-  const int threads = (args->width + elements_per_warp - 1) / elements_per_warp * 32;
-  if (threads > light::kThreads) {
-    return light::fail(LIGHT_BAD_ARGUMENT, "permute_int8: width %d is over %d", args->width,
-                       light::kThreads * 8 * light::kRowVectors);
+  return light::launch_whole_rows("permute_int8", "permute_int8", dtype, *args, max_ctas, stream);
+}
+
+light_status light_permute_fp8(const light_permute_args *args, light_dtype dtype, int group_size,
+                               int max_ctas, light_stream stream) {
+  LIGHT_TRY(light::check_rows("permute_fp8", args, 8, true));
+  if (group_size == 0) {
+    return light::launch_whole_rows("permute_fp8", "permute_fp8_row", dtype, *args, max_ctas,
+                                    stream);
   }
-  return light::launch_rows("permute_int8", dtype, *args, threads, args->num_rows, max_ctas,
-                            stream);
+  if (group_size != light::kGroupSize) {
+    return light::fail(LIGHT_BAD_ARGUMENT, "permute_fp8: group_size %d is neither %d nor 0",
+                       group_size, light::kGroupSize);
+  }
+  return light::launch_groups("permute_fp8", "permute_fp8_g128", dtype, *args, max_ctas, stream);
 }
 
 light_status light_dequantize_rows(const light_permute_args *args, light_dtype dtype,

@@ -1,65 +1,64 @@
 // light_topk_gate and light_sort_pairs: which kernel, how many CTAs, and what each of them takes.
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <string>
 
 #include "launch.h"
+#include "topk_gate_deal.h"
 #include "topk_gate_sizes.h"
 
 namespace light {
 namespace {
 
 constexpr const char *kProgram = "topk_gate";
-constexpr int kMostThreads = 1024, kManyExpertsThreads = 512;
-constexpr int kAloneWarps = 16, kAloneWork = 2048;  // warps x experts that one CTA does quickest
-constexpr int kPollingWarps = 16 * gate::kPollingCtas;  // topk_gate_sort.cuh: no barrier
 
-int ceil_div(long long value, int divisor) { return (value + divisor - 1) / divisor; }
+constexpr int kClustersFrom = 90;
 
-// How the tokens are dealt out to CTAs and their warps, at_once at a time.
-struct Deal {
-  int num_ctas, num_warps, tokens_per_cta, tokens_per_warp;
+using gate::ceil_div;
+using gate::Deal;
+using gate::Meeting;
 
-  void apply(light_pair_sort *sort) const {
-    sort->num_ctas = num_ctas;
-    sort->tokens_per_cta = tokens_per_cta;
-    sort->tokens_per_warp = tokens_per_warp;
-  }
-};
+constexpr Deal kSmallestDeal{Meeting::kNone, 1, 1, 1, 1};  // to find what tells about the device
 
-bool one_cta_does(int work_warps, int num_experts) {
-  return work_warps <= kAloneWarps && work_warps * num_experts <= kAloneWork;
-}
-
-Deal share_out(int num_tokens, int at_once, int num_ctas, int num_warps) {
-  const int tokens_per_cta = std::max(ceil_div(num_tokens, num_ctas), 1);
-  const int tokens_per_warp = ceil_div(ceil_div(tokens_per_cta, num_warps), at_once) * at_once;
-  return {std::max(ceil_div(num_tokens, tokens_per_cta), 1), num_warps, tokens_per_cta,
-          tokens_per_warp};
-}
-
-// All CTAs have to be resident at once, so there is at most one for each multiprocessor.
-Deal deal_out(int num_tokens, int num_experts, int at_once, int most_ctas) {
-  const int work_warps = ceil_div(num_tokens, at_once);
-  const int least_warps = std::max(ceil_div(num_experts, 32), 4);
-  if (one_cta_does(work_warps, num_experts) || most_ctas == 1) {
-    const int most_warps = num_experts > gate::kManyExperts ? 16 : 32;
-    const int num_warps = std::clamp(work_warps, least_warps, most_warps);
-    return share_out(num_tokens, at_once, 1, num_warps);
-  }
-  const int wanted = work_warps <= kPollingWarps
-                         ? std::min(ceil_div(work_warps, 4), gate::kPollingCtas)
-                         : ceil_div(work_warps, 16);
-  const int num_ctas = std::min(wanted, most_ctas);
-  const int warps_per_cta = ceil_div(work_warps, num_ctas);
-  const bool is_long = warps_per_cta > 16 && num_experts <= gate::kManyExperts;
-  const int num_warps = is_long ? 32 : std::clamp(warps_per_cta, std::max(least_warps, 8), 16);
-  return share_out(num_tokens, at_once, num_ctas, num_warps);
-}
-
-int most_ctas(const Kernel &kernel, int max_ctas) {
+// A launch whose CTAs wait for each other has at most one for each multiprocessor.
+gate::Device device_of(const Kernel &kernel, int max_ctas) {
   const int most = std::min(kernel.num_multiprocessors, gate::kMaxCtas);
-  return max_ctas > 0 ? std::min(most, max_ctas) : most;
+  return {max_ctas > 0 ? std::min(most, max_ctas) : most,
+          kernel.architecture >= kClustersFrom ? gate::kMaxClusterCtas : 0};
+}
+
+// CTAs that wait for each other in global memory have to be resident together.
+LaunchOptions options_of(const Deal &deal) {
+  LaunchOptions options;
+  options.cooperative = deal.meeting == Meeting::kWorkspace;
+  options.cluster = deal.meeting == Meeting::kCluster ? deal.num_ctas : 0;
+  return options;
+}
+
+int shared_bytes(const Deal &deal, int num_experts) {
+  const int cluster_ctas = deal.meeting == Meeting::kCluster ? deal.num_ctas : 0;
+  return gate::sort_shared_bytes(32 * deal.num_warps, num_experts, cluster_ctas);
+}
+
+// Deals out with clusters as large as the device takes, and finds the kernel of that deal.
+template <class DealOut, class Find>
+light_status deal_and_find(int max_ctas, DealOut deal_out, Find find, Deal *deal,
+                           const Kernel **kernel) {
+  LIGHT_TRY(find(kSmallestDeal, kernel));
+  gate::Device device = device_of(**kernel, max_ctas);
+  *deal = deal_out(device);
+  LIGHT_TRY(find(*deal, kernel));
+  if (deal->meeting == Meeting::kCluster && deal->num_ctas > gate::kPortableClusterCtas) {
+    bool fits = false;
+    LIGHT_TRY(large_cluster_fits(**kernel, deal->num_ctas, &fits));
+    if (!fits) {
+      device.most_cluster_ctas = gate::kPortableClusterCtas;
+      *deal = deal_out(device);
+      LIGHT_TRY(find(*deal, kernel));
+    }
+  }
+  return LIGHT_OK;
 }
 
 light_status check_counts(const char *stem, const Deal &deal, int pairs_per_token) {
@@ -89,9 +88,9 @@ light_status check_sort(const char *stem, const light_pair_sort &sort) {
                      sort.tile_groups == nullptr))) {
     return fail(LIGHT_BAD_ARGUMENT, "%s: an output of the sort or the workspace is null", stem);
   }
-  if (sort.tokens_per_tile < 1 || (sort.tokens_per_tile & (sort.tokens_per_tile - 1)) != 0) {
-    return fail(LIGHT_BAD_ARGUMENT, "%s: tokens_per_tile %d is no power of two", stem,
-                sort.tokens_per_tile);
+  if (!gate::is_tile(sort.tokens_per_tile)) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: tokens_per_tile %d is no multiple of %d up to %d", stem,
+                sort.tokens_per_tile, gate::kTileTokens, gate::kMaxTileTokens);
   }
   return LIGHT_OK;
 }
@@ -146,25 +145,26 @@ std::string dtype_name(light_dtype dtype) {
 light_status gate_from_logits(light_topk_gate_args args, light_dtype input, int max_ctas,
                               light_stream stream) {
   light_pair_sort &sort = args.sort;
-  const int most_threads =
-      sort.num_experts > gate::kManyExperts ? kManyExpertsThreads : kMostThreads;
-  const auto shared = [&](int threads) {
-    return gate::sort_shared_bytes(threads, sort.num_experts);
-  };
-  const auto name = [&](int threads) {
-    return "topk_gate_logits_" + dtype_name(input) +
-           (threads > kManyExpertsThreads ? "_t1024" : "_t512");
+  const int num_experts = sort.num_experts;
+  const int size = *std::lower_bound(std::begin(gate::kExpertSizes), std::end(gate::kExpertSizes),
+                                     num_experts);
+  const std::string name =
+      "topk_gate_logits_" + dtype_name(input) + "_e" + std::to_string(size);
+  const auto find = [&](const Deal &deal, const Kernel **kernel) {
+    return find_kernel(kProgram, name, 32 * deal.num_warps, shared_bytes(deal, num_experts),
+                       kernel);
   };
   const Kernel *kernel = nullptr;
-  LIGHT_TRY(
-      find_kernel(kProgram, name(most_threads), most_threads, shared(most_threads), &kernel));
-  const Deal deal = deal_out(sort.num_tokens, sort.num_experts,
-                             gate::tokens_at_once(sort.num_experts), most_ctas(*kernel, max_ctas));
+  Deal deal = kSmallestDeal;
+  const auto deal_out = [&](gate::Device device) {
+    return gate::deal_out(sort.num_tokens, num_experts, gate::tokens_at_once(num_experts),
+                          sort.offsets != nullptr, device);
+  };
+  LIGHT_TRY(deal_and_find(max_ctas, deal_out, find, &deal, &kernel));
   LIGHT_TRY(check_counts(kProgram, deal, 1));
   deal.apply(&sort);
-  const int threads = 32 * deal.num_warps;
-  LIGHT_TRY(find_kernel(kProgram, name(threads), threads, shared(threads), &kernel));
-  return launch(*kernel, {static_cast<unsigned int>(deal.num_ctas)}, args, stream);
+  return launch(*kernel, {static_cast<unsigned int>(deal.num_ctas)}, args, stream,
+                options_of(deal));
 }
 
 light_status gate_from_hidden(light_topk_gate_args args, light_dtype input, light_dtype router,
@@ -176,20 +176,20 @@ light_status gate_from_hidden(light_topk_gate_args args, light_dtype input, ligh
     return fail(LIGHT_BAD_ARGUMENT, "topk_gate: hidden of dtype %d, router of dtype %d", input,
                 router);
   }
-  const int shared = std::max(gate::router_shared_bytes(),
-                              gate::sort_shared_bytes(gate::kRouterThreads, sort.num_experts));
   const std::string name = "topk_gate_router_" + dtype_name(input) + "_" + dtype_name(router);
+  const auto find = [&](int sort_bytes, const Kernel **kernel) {
+    return find_kernel(kProgram, name, gate::kRouterThreads,
+                       std::max(gate::router_shared_bytes(), sort_bytes), kernel);
+  };
   const Kernel *kernel = nullptr;
-  LIGHT_TRY(find_kernel(kProgram, name, gate::kRouterThreads, shared, &kernel));
-  const int most = most_ctas(*kernel, max_ctas);
-  const int at_once = gate::tokens_at_once(sort.num_experts);
-  const int num_warps = gate::kRouterThreads / 32;
-  const bool is_alone = one_cta_does(ceil_div(sort.num_tokens, at_once), sort.num_experts);
-  const int num_ctas = is_alone ? 1 : std::min(ceil_div(sort.num_tokens, num_warps / 2), most);
-  share_out(sort.num_tokens, at_once, num_ctas, num_warps).apply(&sort);
+  LIGHT_TRY(find(0, &kernel));
+  const gate::Device device = device_of(*kernel, max_ctas);
+  const Deal deal = gate::deal_out_router(sort.num_tokens, sort.num_experts, device);
+  deal.apply(&sort);
+  LIGHT_TRY(find(shared_bytes(deal, sort.num_experts), &kernel));
   const int num_units = ceil_div(sort.num_experts, gate::kUnitExperts) *
                         ceil_div(args.width, gate::kUnitDepth);
-  const int grid = std::clamp(num_units * sort.num_tokens, num_ctas, most);
+  const int grid = std::clamp(num_units * sort.num_tokens, deal.num_ctas, device.most_ctas);
   return launch(*kernel, {static_cast<unsigned int>(grid)}, args, stream);
 }
 
@@ -236,7 +236,7 @@ light_status light_router_logits(const light_router_logits_args *args, light_dty
   const Kernel *kernel = nullptr;
   LIGHT_TRY(find_kernel(kProgram, name, gate::kRouterThreads, gate::router_shared_bytes(),
                         &kernel));
-  const int most = most_ctas(*kernel, max_ctas);
+  const int most = device_of(*kernel, max_ctas).most_ctas;
   const int num_items = ceil_div(args->num_experts, gate::kUnitExperts) *
                         std::min(args->num_tokens, most * gate::kRouterTokens);
   const int teams_per_cta = gate::kRouterThreads / 32 / gate::kTeamWarps;
@@ -257,19 +257,19 @@ light_status light_sort_pairs(const light_sort_pairs_args *args, int max_ctas,
   light_pair_sort &sort = dealt.sort;
   LIGHT_TRY(check_sort(kName, sort));
   LIGHT_TRY(check_workspace(kName, sort, gate::workspace_bytes(0, 0, 0)));
-  const auto shared = [&](int threads) {
-    return gate::sort_shared_bytes(threads, sort.num_experts);
+  const auto find = [&](const Deal &deal, const Kernel **kernel) {
+    return find_kernel(kProgram, kName, 32 * deal.num_warps, shared_bytes(deal, sort.num_experts),
+                       kernel);
   };
-  const int most_threads =
-      sort.num_experts > gate::kManyExperts ? kManyExpertsThreads : kMostThreads;
   const Kernel *kernel = nullptr;
-  LIGHT_TRY(find_kernel(kProgram, kName, most_threads, shared(most_threads), &kernel));
-  const int at_once = std::max(32 / sort.num_experts_per_token, 1);
-  const Deal deal =
-      deal_out(sort.num_tokens, sort.num_experts, at_once, most_ctas(*kernel, max_ctas));
+  Deal deal = kSmallestDeal;
+  const auto deal_out = [&](gate::Device device) {
+    const int at_once = std::max(32 / sort.num_experts_per_token, 1);
+    return gate::deal_out(sort.num_tokens, sort.num_experts, at_once, true, device);
+  };
+  LIGHT_TRY(deal_and_find(max_ctas, deal_out, find, &deal, &kernel));
   LIGHT_TRY(check_counts(kName, deal, sort.num_experts_per_token));
   deal.apply(&sort);
-  const int threads = 32 * deal.num_warps;
-  LIGHT_TRY(find_kernel(kProgram, kName, threads, shared(threads), &kernel));
-  return launch(*kernel, {static_cast<unsigned int>(deal.num_ctas)}, dealt, stream);
+  return launch(*kernel, {static_cast<unsigned int>(deal.num_ctas)}, dealt, stream,
+                options_of(deal));
 }

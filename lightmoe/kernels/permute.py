@@ -1,11 +1,15 @@
-"""Rows packed in another order, as they are or as int8 with a scale a row, by liblight_ops."""
+"""Rows packed in another order, as they are, as int8 with a scale a row or as e4m3 with one a row
+or 128 elements, by liblight_ops.
+"""
 
 from __future__ import annotations
+
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lightmoe.errors import UsageError
+from lightmoe.errors import MachineError, UsageError
 from lightmoe.kernels.checks import (
     HALF_DTYPES,
     require_cuda,
@@ -16,8 +20,10 @@ from lightmoe.kernels.checks import (
     require_shape,
 )
 from lightmoe.kernels.library import address, library
+from lightmoe.kernels.reference import FP8_GROUP_SIZE
 
-MAX_INT8_WIDTH = 16384
+MAX_WIDTH_OF_A_SCALE = 16384
+_FIRST_WITH_FP8 = 89
 
 
 def permute(rows: Tensor, row_index: Tensor, *, max_ctas: int | None = None) -> Tensor:
@@ -52,10 +58,7 @@ def permute_int8(
     stem = "permute_int8"
     require_half(stem, "rows", rows)
     row_index = _check(stem, rows, row_index, 8)
-    if rows.shape[1] > MAX_INT8_WIDTH:
-        raise UsageError(
-            f"{stem}: rows has size {rows.shape[1]} in dimension 1; it takes up to {MAX_INT8_WIDTH}"
-        )
+    _require_one_scale(stem, rows)
     packed = torch.empty(len(row_index), rows.shape[1], dtype=torch.int8, device=rows.device)
     scales = torch.empty(len(row_index), dtype=torch.float32, device=rows.device)
     if len(row_index):
@@ -72,6 +75,52 @@ def permute_int8(
             max_ctas=max_ctas or 0,
         )
     return packed, scales
+
+
+def permute_fp8(
+    rows: Tensor,
+    row_index: Tensor | None = None,
+    *,
+    group_size: int | None = FP8_GROUP_SIZE,
+    max_ctas: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """[R, D] of 16-bit floats, int32 [N] -> float8_e4m3fn [N, D], fp32 [N, ceil(D / 128)] or [N].
+
+    D is a multiple of 8, with one scale a row (`group_size` None) at most 16384. MachineError where
+    the kernels are older than sm_89's. The rest is reference.permute_fp8's.
+    """
+    stem = "permute_fp8"
+    require_half(stem, "rows", rows)
+    if group_size not in (FP8_GROUP_SIZE, None):
+        raise UsageError(f"{stem}: group_size is {group_size}; give {FP8_GROUP_SIZE} or None")
+    row_index = _check(stem, rows, row_index, 8)
+    if group_size is None:
+        _require_one_scale(stem, rows)
+    name = library().architecture_of(rows.device)
+    if int(name.removesuffix("ptx")) < _FIRST_WITH_FP8:
+        raise MachineError(
+            f"{stem}: kernels for sm_{name} cannot convert to e4m3; it needs a card of compute"
+            f" capability 8.9 or later, and kernels for sm_{_FIRST_WITH_FP8} or later"
+        )
+    num_rows, width = len(rows if row_index is None else row_index), rows.shape[1]
+    codes = torch.empty(num_rows, width, dtype=torch.float8_e4m3fn, device=rows.device)
+    scale_shape = (num_rows,) if group_size is None else (num_rows, -(-width // group_size))
+    scales = torch.empty(scale_shape, dtype=torch.float32, device=rows.device)
+    if num_rows:
+        library().launch(
+            stem,
+            rows.device,
+            rows=address(rows),
+            row_index=address(row_index),
+            output=address(codes),
+            scales=address(scales),
+            num_rows=num_rows,
+            width=width,
+            group_size=group_size or 0,
+            dtype=HALF_DTYPES[rows.dtype],
+            max_ctas=max_ctas or 0,
+        )
+    return codes, scales
 
 
 def dequantize_rows(
@@ -115,10 +164,24 @@ def dequantize_rows(
     return rows
 
 
-def _check(stem: str, rows: Tensor, row_index: Tensor, multiple: int) -> Tensor:
+_Index = TypeVar("_Index", Tensor, Tensor | None)
+
+
+def _check(stem: str, rows: Tensor, row_index: _Index, multiple: int) -> _Index:
+    """The index as the kernels take it."""
     require_shape(stem, "rows", rows, None, None)
     require_multiple(stem, "rows", rows, 1, multiple)
     require_rows(stem, "rows", rows)
-    require_shape(stem, "row_index", row_index, None)
+    if row_index is not None:
+        require_shape(stem, "row_index", row_index, None)
     require_cuda(stem, rows=rows, row_index=row_index)
-    return row_index.to(torch.int32).contiguous()
+    return None if row_index is None else row_index.to(torch.int32).contiguous()
+
+
+def _require_one_scale(stem: str, rows: Tensor) -> None:
+    """UsageError unless a thread block's registers hold a row."""
+    if rows.shape[1] > MAX_WIDTH_OF_A_SCALE:
+        raise UsageError(
+            f"{stem}: rows has size {rows.shape[1]} in dimension 1;"
+            f" it takes up to {MAX_WIDTH_OF_A_SCALE}"
+        )

@@ -233,6 +233,36 @@ def permute_int8(rows: Tensor, row_index: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(torch.int8), torch.where(is_zero, 0.0, magnitude / steps)
 
 
+FP8_GROUP_SIZE = 128
+
+
+def permute_fp8(
+    rows: Tensor, row_index: Tensor | None = None, *, group_size: int | None = FP8_GROUP_SIZE
+) -> tuple[Tensor, Tensor]:
+    """Rows as e4m3: [R, D], [N] -> float8_e4m3fn [N, D], scales fp32 [N, ceil(D / group_size)].
+
+    One scale for each `group_size` elements of a row, the last ones may be fewer; None: one for
+    each row, [N]. Without `row_index` the rows stay in place. A scale is the largest magnitude /
+    448; a code is the element * (448 / magnitude), to the nearest, ties to even. Elements all under
+    1e-30 have scale 0. Where one is not finite, the scale and the codes are NaN.
+    """
+    picked = (rows if row_index is None else permute(rows, row_index)).float()
+    num_rows, width = picked.shape
+    size = width if group_size is None else group_size
+    groups = torch.nn.functional.pad(picked, (0, -width % size)).unflatten(1, (-1, size))
+    magnitude = groups.abs().amax(dim=-1)
+    magnitude = torch.where(magnitude.isfinite(), magnitude, float("nan"))
+    # Divided as tensors: with a number torch multiplies by its reciprocal on a GPU.
+    largest = torch.full_like(magnitude, 448.0)
+    is_zero = magnitude < 1e-30
+    inverse = torch.where(is_zero, 0.0, largest / magnitude)
+    values = groups * inverse[..., None]
+    values = torch.where(values.isnan(), float("nan"), values)  # of either sign until here
+    codes = values.to(torch.float8_e4m3fn).flatten(1)[:, :width].contiguous()
+    scales = torch.where(is_zero, 0.0, magnitude / largest)
+    return codes, scales[:, 0] if group_size is None else scales
+
+
 def dequantize_rows(
     packed: Tensor, scales: Tensor, dtype: torch.dtype, row_index: Tensor | None = None
 ) -> Tensor:
@@ -326,6 +356,83 @@ def quant_gemm(
     return grouped_gemm(
         rows, weights, by_group, row_index, swiglu=experts.swiglu, pair_weight=pair_weight
     )
+
+
+class Fp8Weights(Protocol):
+    """What fp8_gemm needs of the matrices of S slots in e4m3 (quant.fp8.Fp8Matrix)."""
+
+    @property
+    def codes(self) -> Tensor:
+        """float8_e4m3fn [S, N, D]; with swiglu N = 2F, gate rows before up rows."""
+
+    @property
+    def scales(self) -> Tensor:
+        """fp32 [S, blocks of 128 rows, ceil(D / 128)], gate and up blocked apart; or [S, N]."""
+
+    @property
+    def num_features(self) -> int:
+        """Columns of the product: N, or F with swiglu."""
+
+    @property
+    def depth(self) -> int:
+        """D, the summed dimension."""
+
+    @property
+    def swiglu(self) -> bool:
+        """Whether the rows are F gate rows and F up rows."""
+
+    @property
+    def scaling(self) -> Literal["block", "channel"]:
+        """Whether 128 x 128 weights share a scale, or a row."""
+
+    def scales_by_row(self, slot: int) -> Tensor:
+        """One slot's scales, those of every row: fp32 [N, ceil(D / 128)], by channels [N, 1]."""
+
+
+def fp8_gemm(
+    rows: Tensor,
+    row_scales: Tensor,
+    experts: Fp8Weights,
+    groups: PairGroups,
+    row_index: Tensor | None = None,
+    *,
+    dtype: torch.dtype,
+    pair_weight: Tensor | None = None,
+) -> Tensor:
+    """Products of permute_fp8's rows with e4m3 weights: [R, D] -> [P, num_features] of `dtype`.
+
+    `row_scales` are [R, ceil(D / 128)] where the weights are scaled by blocks, [R] where by
+    channels. A sum over 128 of depth is exact, then rounded to fp32; by blocks it is multiplied by
+    row scale * weight scale. These sums are added in fp32 in ascending depth; by channels the total
+    is multiplied. Gated (silu(gate) * up) where the matrix says swiglu; rounded once, at the end.
+    """
+    product = rows.new_empty(groups.num_pairs, experts.codes.shape[1], dtype=torch.float32)
+    numbers = rows.double()  # of which a product has 8 bits, and a sum of 128 less than 53
+    borders = pairwise(groups.offsets.tolist())
+    for slot, (begin, end) in zip(groups.slots.tolist(), borders, strict=True):
+        source, scales = (
+            part[begin:end] if row_index is None else permute(part, row_index[begin:end])
+            for part in (numbers, row_scales)
+        )
+        product[begin:end] = _fp8_product(source, scales, experts, slot)
+    if experts.swiglu:
+        product = _gated(product)
+    if pair_weight is not None:
+        product = product * pair_weight[:, None]
+    return product.to(dtype)
+
+
+def _fp8_product(rows: Tensor, row_scales: Tensor, experts: Fp8Weights, slot: int) -> Tensor:
+    weight_scales = experts.scales_by_row(slot).t()
+    weight = experts.codes[slot].double()
+    total = torch.zeros(len(rows), len(weight), device=rows.device)
+    blocks = zip(rows.split(FP8_GROUP_SIZE, 1), weight.split(FP8_GROUP_SIZE, 1), strict=True)
+    for block, (row_part, weight_part) in enumerate(blocks):
+        partial = (row_part @ weight_part.t()).float()
+        if experts.scaling == "block":
+            partial *= row_scales[:, block, None] * weight_scales[block]
+        total += partial
+    return total if experts.scaling == "block" else total * (row_scales[:, None] * weight_scales)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from lightmoe.kernels.workspace import workspace_of
 
 MAX_EXPERTS = 512
 MAX_EXPERTS_PER_TOKEN = 16
+TOKENS_PER_TILE = range(8, 257, 8)
 
 _STEM = "sort_pairs"
 
@@ -76,8 +77,11 @@ class PairTable:
         """Room for the pairs of experts [T, K] on their device."""
         require_shape(_STEM, "slots", slots, num_experts)
         require_dtype(_STEM, "slots", slots, torch.int32)
-        if tokens_per_tile < 1 or tokens_per_tile & (tokens_per_tile - 1):
-            raise UsageError(f"{_STEM}: tokens_per_tile {tokens_per_tile} is no power of two")
+        if tokens_per_tile not in TOKENS_PER_TILE:
+            raise UsageError(
+                f"{_STEM}: tokens_per_tile {tokens_per_tile}; it takes multiples of"
+                f" {TOKENS_PER_TILE.step} up to {TOKENS_PER_TILE[-1]}"
+            )
         num_pairs = experts.numel()
         most_tiles = num_pairs // tokens_per_tile + min(num_experts, num_pairs)
         sizes = [num_pairs, num_pairs, num_experts + 1, num_experts + 1, most_tiles]

@@ -8,6 +8,7 @@ of more tokens the logits are made first. A row's logits have the same bits eith
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from lightmoe.kernels.sort_pairs import (
 )
 from lightmoe.kernels.workspace import workspace_of
 
-__all__ = ["FUSED_TOKENS", "GateRule", "route_tokens", "sort_pairs", "topk_gate"]
+__all__ = ["FUSED_TOKENS", "GateOptions", "GateRule", "route_tokens", "sort_pairs", "topk_gate"]
 
 MAX_GROUPS = 32
 FUSED_TOKENS = 64
@@ -45,6 +46,17 @@ MAX_FUSED_WIDTH = 16384
 _STEM = "topk_gate"
 _FLOAT32 = 2
 _DTYPES = HALF_DTYPES | {torch.float32: _FLOAT32}
+
+
+class GateOptions(TypedDict, total=False):
+    """GateRule's fields that go by name; those with a default may be left out."""
+
+    renormalize: Required[bool]
+    scale: float
+    num_groups: int
+    num_groups_per_token: int
+    scoring: Scoring
+    bias: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -95,28 +107,15 @@ def topk_gate(
     num_experts_per_token: int,
     *,
     logits: Tensor | None = None,
-    renormalize: bool,
-    scale: float = 1.0,
-    num_groups: int = 1,
-    num_groups_per_token: int = 1,
-    scoring: Scoring = "softmax",
-    bias: Tensor | None = None,
     deterministic: bool = True,
+    **options: Unpack[GateOptions],
 ) -> tuple[Tensor, Tensor]:
     """[T, D] x [E, D], or logits [T, E] -> experts int32 [T, K], weights fp32 [T, K].
 
     Logits that are computed here are fp32 sums, not rounded. UsageError names the tensor that does
     not fit. The rest is reference.topk_gate's.
     """
-    rule = GateRule(
-        num_experts_per_token,
-        renormalize,
-        scale,
-        num_groups,
-        num_groups_per_token,
-        scoring,
-        bias,
-    )
+    rule = GateRule(num_experts_per_token, **options)
     source = _source(hidden, router_weight, logits, rule, deterministic)
     experts, weights = _choice(source, rule)
     _launch_gate(source, rule, experts, weights, _no_sort(source, rule))
@@ -131,30 +130,17 @@ def route_tokens(
     slots: Tensor,
     tokens_per_tile: int,
     logits: Tensor | None = None,
-    renormalize: bool,
-    scale: float = 1.0,
-    num_groups: int = 1,
-    num_groups_per_token: int = 1,
-    scoring: Scoring = "softmax",
-    bias: Tensor | None = None,
     deterministic: bool = True,
     pair_weight: Tensor | None = None,
     expert_counts: Tensor | None = None,
+    **options: Unpack[GateOptions],
 ) -> tuple[Tensor, Tensor, PairGroups, Tensor, Tensor]:
     """topk_gate and sort_pairs in one launch: experts, weights, groups, pair_row, pair_index.
 
     `pair_weight` fp32 [P] and `expert_counts` int32 [E] are written where they are given: the
     weight of each sorted pair, and how many pairs each expert has.
     """
-    rule = GateRule(
-        num_experts_per_token,
-        renormalize,
-        scale,
-        num_groups,
-        num_groups_per_token,
-        scoring,
-        bias,
-    )
+    rule = GateRule(num_experts_per_token, **options)
     source = _source(hidden, router_weight, logits, rule, deterministic)
     experts, weights = _choice(source, rule)
     table = PairTable.empty(experts, source.num_experts, slots, tokens_per_tile)

@@ -4,7 +4,7 @@
     [ gate_up: codes | scales | zeros || down: codes | scales | zeros ]     quantised, in bytes
 
 Codes, scales and zeros (asymmetric only) lie as lightmoe/quant/fragments.py says; each part begins
-on a cache line of the GPU.
+on a cache line of the GPU. An expert in e4m3: lightmoe/quant/fp8.py.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class QuantizedExpertLayout:
     @property
     def num_elements(self) -> int:
         """Elements of one blob: bytes, for its dtype is uint8."""
-        return sum(_aligned(size) for shape in self._shapes for size in self._part_bytes(shape))
+        return sum(aligned(size) for shape in self._shapes for size in self._part_bytes(shape))
 
     def views(self, blobs: Tensor) -> tuple[PackedMatrix, PackedMatrix]:
         """Blobs uint8 [S, bytes] as gate_up (swiglu) and down of all S slots, sharing memory."""
@@ -80,7 +80,7 @@ class QuantizedExpertLayout:
             parts = []
             for num_bytes in self._part_bytes(shape):
                 parts.append(blobs[:, begin : begin + num_bytes])
-                begin += _aligned(num_bytes)
+                begin += aligned(num_bytes)
             matrices.append(self._matrix(shape, *parts))
         gate_up, down = matrices
         return gate_up, down
@@ -140,7 +140,8 @@ class QuantizedExpertLayout:
         return pack_weight(*parts, self.num_bits, self.group_size, swiglu=swiglu)
 
 
-def _aligned(num_bytes: int) -> int:
+def aligned(num_bytes: int) -> int:
+    """Bytes from where a part of so many begins to where the next one does."""
     return num_bytes + -num_bytes % _PART_ALIGNMENT_BYTES
 
 

@@ -120,6 +120,11 @@ int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *count, void *, int threads,
   return 0;
 }
 
+int cuOccupancyMaxActiveClusters(int *count, void *, const Config *) {
+  *count = setting("FAKE_LARGE_CLUSTERS", 4);
+  return 0;
+}
+
 int cuThreadExchangeStreamCaptureMode(int *mode) {
   dprintf(STDOUT_FILENO, "capture mode %d\n", *mode);
   *mode = 0;

@@ -69,6 +69,8 @@ static_assert(d::kMaxSharedMemoryPerBlockOptin ==
               CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
 static_assert(d::kFunctionSharedBytes == CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES);
 static_assert(d::kFunctionMaxDynamicSharedBytes == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES);
+static_assert(d::kFunctionNonPortableClusterSizeAllowed ==
+              CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED);
 static_assert(d::kJitErrorLogBuffer == CU_JIT_ERROR_LOG_BUFFER);
 static_assert(d::kJitErrorLogBufferBytes == CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES);
 static_assert(d::kCaptureModeRelaxed == CU_STREAM_CAPTURE_MODE_RELAXED);

@@ -23,10 +23,11 @@ def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def kernels(tmp_path: Path) -> Path:
-    """A folder of files that pretend to be kernels for sm_75."""
-    (tmp_path / "75").mkdir()
-    for stem in STEMS:
-        (tmp_path / "75" / f"{stem}.cubin").write_text("image")
+    """A folder of files that pretend to be kernels for sm_75 and sm_90."""
+    for architecture in ("75", "90"):
+        (tmp_path / architecture).mkdir()
+        for stem in STEMS:
+            (tmp_path / architecture / f"{stem}.cubin").write_text("image")
     return tmp_path
 
 
@@ -85,17 +86,18 @@ def one_launch(host: Path, driver: Path, kernels: Path, wanted: Call) -> tuple[s
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "max_ctas", "name", "grid", "threads"),
     [
-        (0, 128, 0, "t512", 1, 128),
-        (1, 128, 0, "t512", 1, 128),
-        (16, 128, 0, "t512", 1, 512),
-        (17, 128, 0, "t512", 5, 256),
-        (64, 8, 0, "t512", 1, 512),
-        (256, 128, 0, "t512", 24, 352),
-        (1000, 512, 0, "t512", 63, 512),
-        (20000, 256, 0, "t1024", 68, 1024),
-        (20000, 257, 0, "t512", 68, 512),
-        (20000, 128, 3, "t1024", 3, 1024),
-        (300, 128, 1, "t1024", 1, 1024),
+        (0, 128, 0, "e128", 1, 128),
+        (1, 128, 0, "e128", 1, 128),
+        (16, 128, 0, "e128", 1, 544),
+        (17, 128, 0, "e128", 5, 256),
+        (64, 8, 0, "e8", 1, 544),
+        (256, 128, 0, "e128", 24, 384),
+        (256, 9, 0, "e32", 24, 384),
+        (1000, 512, 0, "e512", 63, 512),
+        (20000, 256, 0, "e256", 68, 1024),
+        (20000, 257, 0, "e512", 68, 512),
+        (20000, 128, 3, "e128", 3, 1024),
+        (300, 128, 1, "e128", 1, 1024),
     ],
 )
 def test_ctas_of_a_gate_all_fit_at_once(
@@ -114,11 +116,90 @@ def test_ctas_of_a_gate_all_fit_at_once(
     launched = one_launch(host_library, fake_driver, kernels, wanted)
 
     assert launched[:3] == (f"topk_gate_logits_f32_{name}", grid, threads)
-    # A count of 2 bytes for every expert and warp stands behind what is the same for all.
+    # Counts of 2 bytes, of four experts at a time, stand for every warp behind what is the same.
     small = one_launch(host_library, fake_driver, kernels, gate(1, 32, 1))
-    behind = threads // 32 * num_experts * 2 - small[2] // 32 * 32 * 2
+    behind = threads // 32 * -(-num_experts // 4) * 4 * 2 - small[2] // 32 * 32 * 2
     assert abs(launched[3] - small[3] - behind) < 16
     assert launched[3] <= 48 << 10
+
+
+COOPERATIVE, CLUSTER, OVERLAPPED = 2, 4, 6  # CUlaunchAttributeID
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "most_clusters", "changes", "grid", "threads", "attributes"),
+    [
+        (16, 128, 4, {}, 1, 544, []),
+        (17, 128, 4, {}, 8, 128, [CLUSTER]),
+        (128, 128, 4, {}, 8, 544, [CLUSTER]),
+        (129, 128, 4, {}, 16, 320, [CLUSTER]),
+        (256, 128, 4, {}, 16, 544, [CLUSTER]),
+        (256, 512, 4, {}, 16, 512, [CLUSTER]),
+        (257, 128, 4, {}, 24, 384, [COOPERATIVE]),
+        (512, 8, 4, {}, 8, 544, [CLUSTER]),
+        (385, 128, 4, {}, 25, 544, [COOPERATIVE]),
+        (128, 128, 0, {}, 8, 544, [CLUSTER]),
+        (129, 128, 0, {}, 22, 256, [COOPERATIVE]),
+        (129, 128, 4, {"max_ctas": 15}, 15, 320, [COOPERATIVE]),
+        (100, 128, 4, {"max_ctas": 7}, 7, 512, [COOPERATIVE]),
+        (129, 128, 4, {"sort": sort_fields(129, 128, 1, offsets=0)}, 22, 256, []),
+        (64, 128, 4, HIDDEN | {"sort": sort_fields(64, 128, 1)}, 68, 512, []),
+    ],
+)
+def test_where_the_ctas_of_a_gate_meet(
+    host_library: Path,
+    fake_driver: Path,
+    kernels: Path,
+    num_tokens: int,
+    num_experts: int,
+    most_clusters: int,
+    changes: dict,
+    grid: int,
+    threads: int,
+    attributes: list[int],
+) -> None:
+    wanted = gate(num_tokens, num_experts, 1, **changes)
+    told = {"FAKE_CAPABILITY": 90, "FAKE_LARGE_CLUSTERS": most_clusters}
+
+    lines = call(host_library, fake_driver, opened(kernels), BIND, wanted, wanted, **told)
+
+    # A large cluster is asked for once, not at every launch.
+    assert lines.count("set 14 1") in ([1] if grid == 16 else [0, 1])
+    for line in launches(lines):
+        assert f" grid {grid} block {threads} " in line
+        told_attributes = line.partition("attributes")[2].split()
+        assert told_attributes == [str(number) for number in [*attributes, OVERLAPPED]]
+
+
+@pytest.mark.parametrize(
+    ("capability", "num_tokens", "attributes"),
+    [(75, 17, "attributes 2"), (80, 17, "attributes 2"), (90, 17, "attributes 4 6")],
+)
+def test_the_sort_meets_like_the_gate(
+    host_library: Path,
+    fake_driver: Path,
+    kernels: Path,
+    capability: int,
+    num_tokens: int,
+    attributes: str,
+) -> None:
+    (kernels / "80").mkdir()
+    (kernels / "80" / "topk_gate.cubin").write_text("image")
+    sort = sort_fields(16 * num_tokens, 128, 2)
+    wanted = {"experts": 16, "weights": 0, "sort": sort, "max_ctas": 0, "stream": 7}
+
+    lines = call(
+        host_library,
+        fake_driver,
+        opened(kernels),
+        BIND,
+        ("sort_pairs", [], wanted),
+        FAKE_CAPABILITY=capability,
+    )
+
+    (line,) = launches(lines)
+    assert line.startswith("launch sort_pairs ")
+    assert line.endswith(attributes)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +230,8 @@ def test_the_router_product_spreads_its_units(
         ({"sort": sort_fields(-1, 64, 2)}, "-1 tokens"),
         ({"sort": sort_fields(5, 4, 8)}, "no 8 of 4 experts in 1 of 1 groups"),
         ({"num_groups": 3}, "no 2 of 64 experts in 1 of 3 groups"),
-        ({"sort": sort_fields(5, 64, 2, tokens_per_tile=12)}, "tokens_per_tile 12 is no power of"),
+        ({"sort": sort_fields(5, 64, 2, tokens_per_tile=12)}, "tokens_per_tile 12 is no multiple"),
+        ({"sort": sort_fields(5, 64, 2, tokens_per_tile=264)}, "multiple of 8 up to 256"),
         ({"sort": sort_fields(5, 64, 2, workspace=8)}, "from a multiple of 16"),
         ({"sort": sort_fields(5, 64, 2, workspace_bytes=99)}, "it has 99"),
         ({"sort": sort_fields(5, 64, 2, pair_row=0)}, "an output of the sort or the workspace"),
@@ -190,6 +272,9 @@ def test_rows_are_dealt_to_ctas(host_library: Path, fake_driver: Path, kernels: 
         ("permute", [], rows | {"num_rows": 17, "width_bytes": 32, "max_ctas": 2}),
         ("permute_int8", [], of_int8 | {"num_rows": 9, "width": 2048}),
         ("permute_int8", [], of_int8 | {"num_rows": 9, "width": 7168}),
+        ("permute_fp8", [], of_int8 | {"num_rows": 9, "width": 2048, "group_size": 0}),
+        ("permute_fp8", [], of_int8 | {"num_rows": 9, "width": 7168, "group_size": 128}),
+        ("permute_fp8", [], of_int8 | {"num_rows": 9, "width": 1032, "group_size": 128}),
         ("dequantize_rows", [], of_int8 | {"num_rows": 9, "width": 2048}),
         (
             "combine",
@@ -207,6 +292,9 @@ def test_rows_are_dealt_to_ctas(host_library: Path, fake_driver: Path, kernels: 
         ("permute_rows", "2", "256"),
         ("permute_int8_f16", "9", "32"),
         ("permute_int8_f16", "9", "128"),
+        ("permute_fp8_row_f16", "9", "32"),
+        ("permute_fp8_g128_f16", "8", "256"),
+        ("permute_fp8_g128_f16", "3", "256"),
         ("dequantize_rows_f16", "9", "256"),
         ("combine_bf16", "6", "128"),
     ]
@@ -219,6 +307,14 @@ def test_rows_are_dealt_to_ctas(host_library: Path, fake_driver: Path, kernels: 
         ("permute", {"rows": 0}, "rows, output or scales is null"),
         ("permute_int8", {"width": 16392}, "width 16392 is over 16384"),
         ("permute_int8", {"dtype": 2}, "dtype 2 is neither fp16 nor bf16"),
+        ("permute_fp8", {"width": 16392}, "width 16392 is over 16384"),
+        ("permute_fp8", {"group_size": 64}, "group_size 64 is neither 128 nor 0"),
+        (
+            "permute_fp8",
+            {"num_rows": 2**30, "width": 4096, "group_size": 128},
+            "1073741824 rows of width 4096 are too many",
+        ),
+        ("permute_fp8", {"scales": 0}, "rows, output or scales is null"),
         ("dequantize_rows", {"scales": 0}, "rows, output or scales is null"),
     ],
 )
@@ -226,6 +322,7 @@ def test_rows_that_are_refused(
     host_library: Path, fake_driver: Path, kernels: Path, name: str, changes: dict, said: str
 ) -> None:
     own = {"width_bytes": 64} if name == "permute" else {"width": 64, "scales": 16, "dtype": 0}
+    own |= {"group_size": 0} if name == "permute_fp8" else {}
     common = {"rows": 16, "row_index": 16, "output": 16, "num_rows": 17, "max_ctas": 0, "stream": 7}
 
     lines = call(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lightmoe.errors import UsageError
+from lightmoe.kernels import reference
 from lightmoe.kernels.combine import combine
-from lightmoe.kernels.permute import dequantize_rows, permute, permute_int8
-from lightmoe.kernels.sort_pairs import sort_pairs
+from lightmoe.kernels.permute import dequantize_rows, permute, permute_fp8, permute_int8
+from lightmoe.kernels.sort_pairs import PairTable, sort_pairs
 from lightmoe.kernels.topk_gate import route_tokens, topk_gate
 
 HALF = torch.float16
@@ -101,6 +103,26 @@ def test_sort_pairs_names_what_does_not_fit(changes: dict[str, object], said: st
     assert said in text
 
 
+@pytest.mark.parametrize("tokens_per_tile", [8, 24, 192, 256])
+def test_tables_have_room_for_tiles_of_any_multiple_of_eight(tokens_per_tile: int) -> None:
+    experts = torch.arange(40, dtype=torch.int32).view(20, 2) % 3
+
+    table = PairTable.empty(experts, 8, integers(8), tokens_per_tile)
+
+    wanted, *_ = reference.sort_pairs(experts, 8, integers(8), tokens_per_tile)
+    assert table.groups.tokens_per_tile == tokens_per_tile
+    assert len(table.groups.tile_groups) >= len(wanted.tile_groups)
+
+
+@pytest.mark.parametrize("tokens_per_tile", [-8, 0, 1, 4, 12, 264, 512])
+def test_tiles_that_are_refused(tokens_per_tile: int) -> None:
+    said = refusal(PairTable.empty, integers(5, 2), 8, integers(8), tokens_per_tile)
+
+    assert said == (
+        f"sort_pairs: tokens_per_tile {tokens_per_tile}; it takes multiples of 8 up to 256"
+    )
+
+
 COMBINE = {"pairs": half(10, 16), "pair_index": integers(5, 2), "weights": torch.zeros(5, 2)}
 
 
@@ -141,6 +163,19 @@ def test_combine_names_what_does_not_fit(changes: dict[str, object], said: str) 
             permute_int8,
             (integers(5, 16), integers(3)),
             "permute_int8: rows is torch.int32; it needs",
+        ),
+        (permute_fp8, (torch.zeros(5, 16),), "permute_fp8: rows is torch.float32; it needs"),
+        (permute_fp8, (half(5, 12),), "permute_fp8: rows has size 12 in dimension 1 of [5, 12]"),
+        (
+            permute_fp8,
+            (half(5, 16), integers(3, 1)),
+            "permute_fp8: row_index has 2 dimensions [3, 1]",
+        ),
+        (permute_fp8, (half(5, 16),), "permute_fp8: rows is on cpu; it needs a CUDA device"),
+        (
+            functools.partial(permute_fp8, group_size=64),
+            (half(5, 16),),
+            "permute_fp8: group_size is 64; give 128 or None",
         ),
         (
             dequantize_rows,

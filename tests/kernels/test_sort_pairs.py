@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightmoe import kernels
+from lightmoe.kernels.sort_pairs import TOKENS_PER_TILE
+from tests.kernels.layouts.host import compile_library
 from tests.kernels.rows import random_rows
+
+MOST_PAIRS = 256 * 0x7FFF + 1
+"""More than kMaxCtas x kMaxCount of the kernels."""
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
@@ -15,7 +22,7 @@ from tests.kernels.rows import random_rows
     num_experts=st.integers(1, 12),
     num_per_token=st.integers(1, 3),
     num_tokens=st.integers(0, 40),
-    tokens_per_tile=st.sampled_from([1, 8, 16]),
+    tokens_per_tile=st.sampled_from([1, 8, 16, 24]),
     seed=st.integers(0, 1000),
 )
 def test_pairs_lie_by_expert_then_token_and_tiles_cover_them(
@@ -50,6 +57,16 @@ def test_pairs_lie_by_expert_then_token_and_tiles_cover_them(
     assert groups.tile_groups.tolist()[: sum(tiles)] == wanted_groups
     integers = (pair_row, pair_index, groups.offsets, groups.tile_offsets, groups.tile_groups)
     assert {tensor.dtype for tensor in integers} == {torch.int32}
+
+
+def test_the_kernels_count_tiles_of_any_size_without_a_division(tmp_path: Path) -> None:
+    library = compile_library("tile_counts.cpp", tmp_path)
+    library.is_tile.restype = bool
+
+    assert [n for n in range(-8, 600) if library.is_tile(n)] == list(TOKENS_PER_TILE)
+    for tokens_per_tile in TOKENS_PER_TILE:
+        assert library.first_wrong(tokens_per_tile, 70_000, 1) == -1
+        assert library.first_wrong(tokens_per_tile, MOST_PAIRS, 61) == -1
 
 
 def test_routing_is_the_choice_and_its_sort() -> None:

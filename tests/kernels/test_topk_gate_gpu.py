@@ -13,8 +13,9 @@ from tests.gpus import half_dtypes
 pytestmark = pytest.mark.gpu
 SHAPES = [(8, 2), (7, 3), (1, 1), (33, 5), (60, 4), (64, 6), (128, 8), (160, 6), (256, 8)]
 MANY = [(384, 8), (512, 16)]
-# One CTA, a few that poll, a grid with a barrier; odd numbers on every side of the borders.
-TOKENS = [0, 1, 3, 16, 17, 100, 383, 385, 1500, 5000]
+# One CTA, a cluster, a few that poll, a grid with a barrier; odd numbers on every side of the
+# borders.
+TOKENS = [0, 1, 3, 16, 17, 31, 100, 256, 257, 383, 385, 1500, 5000]
 KINDS = ["random", "ties", "one expert", "not finite"]
 GROUPS = [
     (160, 6, 8, 3, "softmax"),
@@ -25,6 +26,7 @@ GROUPS = [
     (512, 16, 16, 5, "sigmoid"),
 ]
 TOKENS_PER_TILE = 16
+TILES = [8, 24, 64, 192, 256]
 
 
 def make_logits(num_tokens: int, num_experts: int, kind: str, seed: int) -> Tensor:
@@ -51,7 +53,7 @@ def assert_sorted(experts: Tensor, num_experts: int, sort: tuple) -> None:
     """The sort of a choice is the reference's, and every tile belongs to one expert."""
     groups, pair_row, pair_index = sort
     wanted, wanted_row, wanted_index = reference.sort_pairs(
-        experts.long().cpu(), num_experts, groups.slots.cpu(), TOKENS_PER_TILE
+        experts.long().cpu(), num_experts, groups.slots.cpu(), groups.tokens_per_tile
     )
     assert torch.equal(pair_row.cpu(), wanted_row)
     assert torch.equal(pair_index.cpu(), wanted_index)
@@ -197,6 +199,29 @@ def test_sort_of_given_experts(num_experts: int, num_per_token: int) -> None:
         )
 
 
+@pytest.mark.parametrize("tokens_per_tile", TILES)
+@pytest.mark.parametrize("kind", ["random", "one expert"])
+@pytest.mark.parametrize("num_experts", [5, 128, 257])
+def test_tables_of_tiles_of_any_size(num_experts: int, kind: str, tokens_per_tile: int) -> None:
+    for num_tokens in (1, 25, 193, 700, 4097):
+        logits = make_logits(num_tokens, num_experts, kind, num_tokens)
+
+        experts, _, *sort = route_tokens(
+            None,
+            None,
+            3,
+            logits=logits,
+            slots=slots_of(num_experts),
+            tokens_per_tile=tokens_per_tile,
+            renormalize=True,
+        )
+
+        assert sort[0].tokens_per_tile == tokens_per_tile
+        assert_sorted(experts, num_experts, tuple(sort))
+        again = sort_pairs(experts, num_experts, slots_of(num_experts), tokens_per_tile)
+        assert_sorted(experts, num_experts, again)
+
+
 def test_pairs_of_experts_that_do_not_exist_are_left_out() -> None:
     experts = torch.randint(-2, 12, (500, 4), device="cuda", dtype=torch.int32)
 
@@ -210,7 +235,7 @@ def test_pairs_of_experts_that_do_not_exist_are_left_out() -> None:
     assert torch.equal(pair_row[:num_pairs].long(), order[:num_pairs] // 4)
 
 
-@pytest.mark.parametrize("num_tokens", [5, 200, 3000])
+@pytest.mark.parametrize("num_tokens", [5, 200, 300, 3000])
 def test_graphs_follow_what_changes_and_repeat_their_bits(num_tokens: int) -> None:
     num_experts, num_chosen = 128, 8
     logits = make_logits(num_tokens, num_experts, "random", 0)
@@ -252,7 +277,8 @@ def test_graphs_follow_what_changes_and_repeat_their_bits(num_tokens: int) -> No
 
 
 def test_launches_of_any_sizes_may_follow_each_other() -> None:
-    sizes = [(200, 64, 6), (5000, 128, 8), (30, 8, 2), (1000, 256, 8), (385, 128, 8), (0, 8, 2)]
+    sizes = [(200, 64, 6), (5000, 128, 8), (300, 64, 6), (30, 8, 2), (1000, 256, 8)]
+    sizes += [(385, 128, 8), (0, 8, 2)]
     for repeat in range(20):
         for num_tokens, num_experts, num_chosen in sizes:
             logits = make_logits(num_tokens, num_experts, "random", repeat)

@@ -1,0 +1,79 @@
+// The CTAs of one cluster (sm_90): barriers, and stores into each other's shared memory that count
+// themselves as they arrive. Elsewhere every CTA is a cluster of its own.
+#pragma once
+
+#include "topk_gate_lanes.cuh"
+
+namespace light::gate {
+
+#if __CUDA_ARCH__ >= 900
+
+__device__ inline int cluster_ctas() {
+  int number;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(number));
+  return number;
+}
+
+// Every thread of the cluster arrives, then waits: it sees what the others wrote before.
+__device__ inline void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+__device__ inline void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+__device__ inline unsigned shared_address(const void *pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// The address of the same place in the shared memory of another CTA.
+__device__ inline unsigned address_in(int rank, const void *pointer) {
+  unsigned address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(shared_address(pointer)), "r"(rank));
+  return address;
+}
+
+// `arrivals` is complete when so many bytes were stored through it.
+__device__ inline void expect_bytes(unsigned long long *arrivals, int num_bytes) {
+  const unsigned address = shared_address(arrivals);
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address),
+               "r"(num_bytes)
+               : "memory");
+}
+
+__device__ inline void store_counted_in(int rank, uint2 *pointer, uint2 value,
+                                        unsigned long long *arrivals) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
+          address_in(rank, pointer)),
+      "r"(value.x), "r"(value.y), "r"(address_in(rank, arrivals))
+      : "memory");
+}
+
+__device__ inline void wait_for_bytes(unsigned long long *arrivals) {
+  asm volatile(
+      "{\n"
+      ".reg .pred complete;\n"
+      "retry:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 complete, [%0], 0;\n"
+      "@!complete bra retry;\n"
+      "}\n" ::"r"(shared_address(arrivals))
+      : "memory");
+}
+
+#else
+
+__device__ inline constexpr int cluster_ctas() { return 1; }
+__device__ inline void cluster_arrive() {}
+__device__ inline void cluster_wait() {}
+__device__ inline void expect_bytes(unsigned long long *, int) {}
+__device__ inline void store_counted_in(int, uint2 *, uint2, unsigned long long *) {}
+__device__ inline void wait_for_bytes(unsigned long long *) {}
+
+#endif
+
+}  // namespace light::gate

@@ -32,7 +32,7 @@ light_pair_groups read_groups(const py::tuple &groups) {
 // The fields of light_tile in their order
 light_tile read_tile(const py::tuple &tile) {
   return {tile[0].cast<int>(), tile[1].cast<int>(), tile[2].cast<int>(), tile[3].cast<int>(),
-          tile[4].cast<int>(), tile[5].cast<int>(), tile[6].cast<int>()};
+          tile[4].cast<int>(), tile[5].cast<int>(), tile[6].cast<int>(), tile[7].cast<int>(), tile[8].cast<int>()};
 }
 
 int open_library(const std::string &directory, const std::string &architecture) {

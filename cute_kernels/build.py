@@ -36,6 +36,7 @@ COMMON_OPTIONS = (
     "--diag-suppress=64,1055",  # CuTe's anonymous structs
 )
 HOST_OPTIONS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
+HOPPER = 90
 _ARCHITECTURE = re.compile(r"(\d{2,3})(ptx)?")
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 
@@ -68,7 +69,9 @@ class Architecture:
     @property
     def option(self) -> str:
         """NVRTC's name of it."""
-        return f"--gpu-architecture={'compute' if self.as_ptx else 'sm'}_{self.number}"
+        # Hopper's warpgroup instructions are of sm_90a, which no later card runs.
+        exact = "a" if self.number == HOPPER else ""
+        return f"--gpu-architecture={'compute' if self.as_ptx else 'sm'}_{self.number}{exact}"
 
 
 @dataclasses.dataclass(frozen=True)

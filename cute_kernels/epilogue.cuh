@@ -15,8 +15,8 @@ struct OutputArgs {
   int float32;
 };
 
-// x / (1 + exp(-x)), in fp32.
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+// x / (1 + exp(-x)), in fp32, within some units of the last place.
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 // 4 x 4 transposition over the four lanes of a quad: lane t's block b becomes lane b's pair t.
 __device__ __forceinline__ void transpose_quad(unsigned (&blocks)[4]) {

@@ -76,7 +76,7 @@ def tiles(stem: str, architecture: int) -> tuple[Tile, ...]:
     found = [
         tile
         for num_bits in MATRIX_BITS[stem]
-        for tile in _tiles.candidates(architecture, num_bits or 16)
+        for tile in _tiles.candidates(architecture, num_bits)
     ]
     return tuple(dict.fromkeys(found))
 
@@ -84,7 +84,8 @@ def tiles(stem: str, architecture: int) -> tuple[Tile, ...]:
 def _matrix_programs(architecture: int) -> Iterator[Program]:
     for stem, all_bits in MATRIX_BITS.items():
         for num_bits in all_bits:
-            for tile in _tiles.candidates(architecture, num_bits or 16):
+            instances = {tile.name: tile for tile in _tiles.candidates(architecture, num_bits)}
+            for tile in instances.values():
                 for dtype in DTYPES:
                     if dtype == "bf16" and (architecture < 80 or tile.half_accumulate):
                         continue
@@ -109,6 +110,8 @@ def matrix_program(stem: str, tile: Tile, dtype: str, num_bits: int, epilogue: s
         "LIGHT_WARPS_TOKENS": tile.warps_tokens,
         "LIGHT_HALF_ACCUMULATE": tile.half_accumulate,
         "LIGHT_CTAS_PER_SM": tile.ctas_per_sm,
+        "LIGHT_LIMIT": tile.limit,
+        "LIGHT_DEPTH_PARTS": tile.depth_parts,
     }
     return Program(name, stem, defines, threads=tile.threads, tile=tile, num_bits=num_bits)
 

@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define LIGHT_OPS_ABI 1
+#define LIGHT_OPS_ABI 2
 
 #if defined(__GNUC__) && !defined(__CUDACC__)
 #define LIGHT_API __attribute__((visibility("default")))
@@ -39,17 +39,20 @@ typedef enum light_dtype {
 
 typedef void *light_stream;  // a CUstream
 
-// One compiled instance of the matrix kernels; its kernel's name is made from these numbers.
-// Weights are the mma's A operand and tokens its B operand, so a token's sums never depend on
-// how many tokens stand beside it.
+// A tile of the matrix kernels; the name of the instance that computes it is made from these
+// numbers. Weights are the mma's A operand and tokens its B operand, so a token's sums never depend
+// on how many tokens stand beside it. An instance of Hopper's warpgroup mma (limit > 0) computes
+// tiles of any number of tokens up to its limit, with any number of stages.
 typedef struct light_tile {
   int weight_rows;   // rows of the weight matrix a CTA computes (gate and up rows both count)
-  int tokens;        // tokens a CTA computes
+  int tokens;        // tokens a CTA computes; for warpgroups at most: 8, or a multiple of 16
   int depth;         // elements of the summed dimension per pipeline stage
   int stages;        // pipeline stages in shared memory
   int warps_weight;  // warps along weight_rows
   int warps_tokens;  // warps along tokens
   int half_accumulate;  // 1: fp16 accumulators, promoted to fp32 after every stage (fp16 only)
+  int limit;         // tokens whose sums a warpgroup's registers hold; 0: the mma of a warp
+  int depth_parts;   // warpgroups that share the depth of a stage; else 1
 } light_tile;
 
 // Where each slot's pairs begin, and which CTA tile belongs to which group. Written on the device

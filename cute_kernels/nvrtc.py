@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+_SERIALIZED = "wgmma.mma_async instructions are serialized"
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
@@ -68,6 +69,8 @@ def _compile(nvrtc: ctypes.CDLL, source: Path, options: list[str], *, as_ptx: bo
         log = _text(nvrtc, program, "nvrtcGetProgramLog").rstrip(b"\0").decode()
         if status != 0:
             raise CompileError(f"{source.name} does not compile ({options[0]}):\n{log}")
+        if _SERIALIZED in log:  # right, but several times slower: never what was meant
+            raise CompileError(f"{source.name} waits for every wgmma ({options[0]}):\n{log}")
         image = _text(nvrtc, program, "nvrtcGetPTX" if as_ptx else "nvrtcGetCUBIN")
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))

@@ -1,7 +1,11 @@
 // quant_gemm: grouped_gemm from weight-only quantised experts (int4, int8), dequantised in
 // registers.
+#if LIGHT_LIMIT
+#include "hopper_kernel.cuh"
+#else
 #include "matrix_kernel.cuh"
 #include "packed_weights.cuh"
+#endif
 
 namespace {
 #if LIGHT_DTYPE == 0
@@ -9,13 +13,26 @@ using Element = light::Float16;
 #else
 using Element = light::BFloat16;
 #endif
+#if LIGHT_LIMIT
+using Tile = light::HopperTile<Element, LIGHT_TILE_WEIGHT_ROWS, LIGHT_LIMIT, LIGHT_TILE_DEPTH,
+                               LIGHT_WARPS_WEIGHT / 4, LIGHT_DEPTH_PARTS, LIGHT_CTAS_PER_SM,
+                               LIGHT_NUM_BITS, LIGHT_SWIGLU>;
+#else
 using Tile = light::MatrixTile<Element, LIGHT_TILE_WEIGHT_ROWS, LIGHT_TILE_TOKENS, LIGHT_TILE_DEPTH,
                                LIGHT_TILE_STAGES, LIGHT_WARPS_WEIGHT, LIGHT_WARPS_TOKENS,
                                LIGHT_CTAS_PER_SM, LIGHT_NUM_BITS, LIGHT_SWIGLU,
                                LIGHT_HALF_ACCUMULATE>;
+#endif
 }  // namespace
 
+#if LIGHT_LIMIT
+extern "C" __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
+    LIGHT_KERNEL_NAME(const __grid_constant__ light::HopperLaunch<light_quant_gemm_args> launch) {
+  light::run_hopper_kernel<Tile, light::PackedOperand<Tile>>(launch);
+}
+#else
 extern "C" __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
     LIGHT_KERNEL_NAME(const __grid_constant__ light_quant_gemm_args args) {
   light::run_matrix_kernel<Tile, light::PackedWeights<Tile>>(args);
 }
+#endif

@@ -53,6 +53,14 @@ class Ceilings:
         """The better of reading and copying, in bytes per second."""
         return max(self.read, self.copy)
 
+    def rate(self, instruction: str) -> float:
+        """FLOP per second of an instruction of `instruction`, or of wgmma_fp16 and wgmma_bf16.
+
+        These are what the library's product issues on Hopper: its rate, power limit included.
+        """
+        library_dtype = instruction.removeprefix("wgmma_")
+        return self.matmul.get(library_dtype) or self.instruction[instruction]
+
     def summary(self) -> str:
         """One line to print."""
         rates = {name: f"{rate / 1e12:.0f}" for name, rate in self.instruction.items()}

@@ -98,14 +98,16 @@ def floor(work: Work, flop_rate: float, bandwidth: float) -> Floor:
 
 
 def path_of(architecture: str | None, capability: int) -> str:
-    """ "sm75" or "sm80": which kernels run from that folder, or for None on a card of `capability`
-    (75, 80 ...)."""
+    """ "sm75", "sm80" or "sm90": which kernels run from that folder, or for None on a card of
+    `capability` (75, 80 ...)."""
     number = int(architecture.removesuffix("ptx")) if architecture else capability
-    return "sm75" if number < 80 else "sm80"
+    return "sm75" if number < 80 else "sm80" if number < 90 else "sm90"
 
 
 def instruction_of(dtype: str, path: str) -> str:
-    """The mma.sync instruction (a key of Ceilings.instruction) that a path's kernels issue."""
+    """The instruction (see Ceilings.rate) that a path's kernels issue."""
+    if path == "sm90":
+        return f"wgmma_{dtype}"
     if path == "sm75":
         return "half_k8"
     return "half_k16" if dtype == "fp16" else "bfloat_k16"

@@ -10,6 +10,7 @@ expert of each pair, and SwiGLU, in bf16. Steps 1 to 5 do it in three kernels, s
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -161,8 +162,10 @@ def best_tile(case: Case, library: Library) -> Tile:
     """The library's fastest tile here that is compiled with and without SwiGLU."""
     architecture = library.architecture or library.architecture_of(case.output.device)
     names = library.manifest.kernels[architecture]
-    plain = native.built_tiles(names, "grouped_gemm", torch.bfloat16, swiglu=False)
-    both = native.built_tiles(names, "grouped_gemm", torch.bfloat16, swiglu=True)
+    built = functools.partial(
+        native.built_tiles, architecture, names, "grouped_gemm", torch.bfloat16
+    )
+    plain, both = built(swiglu=False), built(swiglu=True)
     candidates = [tile for tile in both if tile in plain]
     return min(candidates, key=lambda tile: _trial_ms(fused(case, library, tile)))
 

@@ -48,7 +48,7 @@ IMPLS = {
     "vllm": "adapters.vllm_layer:make_fused",
     "vllm_marlin": "adapters.vllm_layer:make_marlin",
 }
-USUAL = {"sm75": "fp16", "sm80": "bf16"}  # activations of a path
+USUAL = {"sm75": "fp16", "sm80": "bf16", "sm90": "bf16"}  # activations of a path
 Make = Callable[[Problem], Callable[[], Tensor]]
 
 
@@ -256,7 +256,7 @@ def make_row(
         "floor_ms": least.ms,
         "bound": least.bound,
         "share_of_floor": least.ms / timing.ms,
-        "share_of_instruction": work.flops / (1e-3 * timing.ms) / measured.instruction[instruction],
+        "share_of_instruction": work.flops / (1e-3 * timing.ms) / measured.rate(instruction),
         "instruction": instruction,
         "tflops": work.flops / timing.ms / 1e9,
         "gb_per_second": work.num_bytes / timing.ms / 1e6,

@@ -5,7 +5,6 @@ Launches go through lightmoe.kernels.library; what is built is read from its man
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,16 +13,11 @@ from torch import Tensor
 
 from lightmoe.kernels.library import Library, address
 from lightmoe.kernels.products import Plan, Scratch
-from lightmoe.kernels.tiles import Tile
+from lightmoe.kernels.tiles import Tile, candidates
 from lightmoe.quant.fragments import PackedMatrix
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 DTYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16"}
-_NAME = re.compile(
-    r"(?P<stem>grouped_gemm|quant_gemm)_(?P<dtype>bf16|f16)(?:_int(?P<bits>\d))?"
-    r"_w(?P<w>\d+)_t(?P<t>\d+)_d(?P<d>\d+)_s(?P<s>\d+)_(?P<ww>\d+)x(?P<wt>\d+)(?P<half>_acc16)?"
-    r"_(?P<epilogue>plain|swiglu)"
-)
 
 
 @dataclass(frozen=True)
@@ -56,16 +50,23 @@ class Groups:
 
 
 def built_tiles(
-    names: Iterable[str], stem: str, dtype: torch.dtype, swiglu: bool, num_bits: int = 0
+    folder: str,
+    names: Iterable[str],
+    stem: str,
+    dtype: torch.dtype,
+    *,
+    swiglu: bool,
+    num_bits: int = 16,
 ) -> list[Tile]:
-    """The tiles of a stem among the names of compiled kernels, in the order of their numbers."""
-    wanted = (stem, DTYPE_NAMES[dtype], num_bits, "swiglu" if swiglu else "plain")
-    found = []
-    for match in filter(None, map(_NAME.fullmatch, names)):
-        if (match["stem"], match["dtype"], int(match["bits"] or 0), match["epilogue"]) == wanted:
-            w, t, d, s, ww, wt = (int(match[name]) for name in ("w", "t", "d", "s", "ww", "wt"))
-            found.append(Tile(w, t, d, s, ww, wt, int(match["half"] is not None)))
-    return sorted(found, key=lambda tile: tile.fields)
+    """The tiles of an architecture's folder whose instance is among the compiled kernels' names."""
+    bits = "" if num_bits == 16 else f"_int{num_bits}"
+    epilogue = "swiglu" if swiglu else "plain"
+    built = set(names)
+    return [
+        tile
+        for tile in candidates(int(folder.removesuffix("ptx")), num_bits)
+        if f"{stem}_{DTYPE_NAMES[dtype]}{bits}_{tile.name}_{epilogue}" in built
+    ]
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class Launch:
     max_ctas: int = 0  # 0: as many as the card holds
 
     def __str__(self) -> str:
-        return self.tile.name + (f"_k{self.depth_splits}" if self.depth_splits > 1 else "")
+        tile, splits = self.tile, f"_k{self.depth_splits}" if self.depth_splits > 1 else ""
+        return tile.name + (f"_t{tile.tokens}_s{tile.stages}" if tile.limit else "") + splits
 
     def scratch(self, library: Library, groups: Groups, weight_rows: int, rows: Tensor) -> Scratch:
         """Memory for partial sums and tickets, to be kept until the launch is enqueued."""

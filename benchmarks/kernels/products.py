@@ -128,7 +128,7 @@ def measure(
         len(case.output), num_rows, case.num_active, depth, features, case.dtype, case.swiglu
     )
     least = floor(work, measured.matmul[case.activation], measured.bandwidth)
-    rate = measured.instruction[instruction_of(case.activation, path)]
+    rate = measured.rate(instruction_of(case.activation, path))
     return {
         "product": case.product,
         **asdict(timing),

@@ -15,7 +15,7 @@ import results
 from floors import SHAPES
 
 NOT_MEASURED = "not measured"
-TABLE_DTYPES = {"sm75": ("fp16",), "sm80": ("bf16", "int4")}
+TABLE_DTYPES = {"sm75": ("fp16",), "sm80": ("bf16", "int4"), "sm90": ("bf16", "int4")}
 # stem: what it does, and the shapes that it takes
 KERNELS = {
     "topk_gate": (
@@ -73,7 +73,7 @@ def kernel_shares(stem: str) -> str:
 def moe_layer_table() -> str:
     """Shares of the floor of a whole layer, by card, path, dtype, shape and T; the usual dtypes."""
     lines = [
-        "| card | path | weights | shape | T | ms | of floor | of mma.sync"
+        "| card | path | weights | shape | T | ms | of floor | of instruction"
         " | deterministic, of floor | best peer, of floor |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]

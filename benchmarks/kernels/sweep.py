@@ -93,7 +93,7 @@ def sweep_size(
     ):
         stem = "quant_gemm" if case.packed else "grouped_gemm"
         names = library.manifest.kernels[arguments.arch]
-        num_bits = NUM_BITS.get(dtype, 0)
+        num_bits = NUM_BITS.get(dtype, 16)
         found: list[dict[str, Any]] = []
         for launch in launches(case, names, stem, num_bits, arguments):
             calls = [make_call(case, index, library, launch) for index in range(len(case.weights))]
@@ -112,7 +112,9 @@ def launches(
 ) -> Iterator[Launch]:
     """Every compiled tile with every number of splits that leaves none empty."""
     depth = case.matrix(0).shape[2]
-    for tile in native.built_tiles(names, stem, case.output.dtype, case.swiglu, num_bits):
+    for tile in native.built_tiles(
+        arguments.arch, names, stem, case.output.dtype, swiglu=case.swiglu, num_bits=num_bits
+    ):
         stages = -(-depth // tile.depth)
         for splits in arguments.splits:
             if splits == 1 or -(-stages // -(-stages // splits)) == splits:

@@ -79,6 +79,10 @@ struct LaunchConfig {  // CUlaunchConfig
     (int *num_clusters, Function function, const LaunchConfig *config))                          \
   X(cuLaunchKernelEx,                                                                            \
     (const LaunchConfig *config, Function function, void **parameters, void **extra))            \
+  X(cuTensorMapEncodeTiled,                                                                      \
+    (void *map, int type, unsigned int rank, void *address, const unsigned long long *extents,   \
+     const unsigned long long *strides, const unsigned int *box, const unsigned int *steps,      \
+     int interleave, int swizzle, int promotion, int fill))                                      \
   X(cuThreadExchangeStreamCaptureMode, (int *mode))                                              \
   X(cuGetErrorName, (Result error, const char **text))                                           \
   X(cuGetErrorString, (Result error, const char **text))

@@ -67,6 +67,12 @@ light_status find_kernel(const std::string &program, const std::string &name, in
   return Library::instance().find(program, name, threads, shared_bytes, kernel);
 }
 
+light_status find_driver(const driver::Table **driver) {
+  const char *why = nullptr;
+  *driver = driver::table(&why);
+  return *driver != nullptr ? LIGHT_OK : fail(LIGHT_NO_DRIVER, "%s", why);
+}
+
 light_status launch_bytes(const Kernel &kernel, Grid grid, const void *args, light_stream stream,
                           LaunchOptions options) {
   driver::LaunchAttribute attributes[3];

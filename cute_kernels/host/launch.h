@@ -26,6 +26,9 @@ struct Kernel {
 light_status find_kernel(const std::string &program, const std::string &name, int threads,
                          int shared_bytes, const Kernel **kernel);
 
+// The driver of the library, once it is open.
+light_status find_driver(const driver::Table **driver);
+
 struct Grid {
   unsigned int x = 1, y = 1, z = 1;
 };

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <string>
 
+#include "hopper_launch.h"
 #include "launch.h"
 #include "tile_memory.h"
 
@@ -18,10 +19,22 @@ std::string instance_name(const MatrixLaunch &launch) {
   if (launch.num_bits != 16) {
     name += "_int" + std::to_string(launch.num_bits);
   }
-  name += "_w" + std::to_string(tile.weight_rows) + "_t" + std::to_string(tile.tokens);
-  name += "_d" + std::to_string(tile.depth) + "_s" + std::to_string(tile.stages);
-  name += "_" + std::to_string(tile.warps_weight) + "x" + std::to_string(tile.warps_tokens);
-  name += tile.half_accumulate ? "_acc16" : "";
+  const auto add = [&name](const char *what, int number) { name += what + std::to_string(number); };
+  add("_w", tile.weight_rows);
+  if (launch.on_warpgroups()) {
+    add("_n", tile.limit);
+    add("_d", tile.depth);
+    add("_", tile.warps_weight / 4);
+    add("x", tile.depth_parts);
+    name += "_wgmma";
+  } else {
+    add("_t", tile.tokens);
+    add("_d", tile.depth);
+    add("_s", tile.stages);
+    add("_", tile.warps_weight);
+    add("x", tile.warps_tokens);
+    name += tile.half_accumulate ? "_acc16" : "";
+  }
   return name + (launch.swiglu ? "_swiglu" : "_plain");
 }
 
@@ -37,10 +50,17 @@ long long most_output_tiles(const light_tile &tile, long long num_pairs, long lo
 light_status check_tile(const MatrixLaunch &launch) {
   const light_tile &tile = launch.tile;
   const int smallest = std::min({tile.weight_rows, tile.tokens, tile.depth, tile.stages,
-                                 tile.warps_weight, tile.warps_tokens});
+                                 tile.warps_weight, tile.warps_tokens, tile.depth_parts});
   if (smallest < 1 || tile.warps_weight * tile.warps_tokens > 32) {
     return fail(LIGHT_BAD_ARGUMENT, "%s: no such tile as %s", launch.stem,
                 instance_name(launch).c_str());
+  }
+  // Of other numbers the widest mma, and copies of contiguous rows, would pass the tile's end.
+  const bool whole_boxes = tile.tokens == 8 || tile.tokens % 16 == 0;
+  if (launch.on_warpgroups() &&
+      (tile.tokens > tile.limit || !whole_boxes || tile.stages > kMostStages)) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: a tile of %d tokens (8, or 16, 32 .. %d), %d stages",
+                launch.stem, tile.tokens, tile.limit, tile.stages);
   }
   if (tile.half_accumulate && launch.dtype != LIGHT_FLOAT16) {
     return fail(LIGHT_BAD_ARGUMENT, "%s: fp16 accumulators take fp16 rows only", launch.stem);
@@ -65,6 +85,10 @@ light_status check_splits(const MatrixLaunch &launch) {
   const int num_stages = (launch.depth + launch.tile.depth - 1) / launch.tile.depth;
   // Parts are of whole stages, so the last ones may be empty: five stages make no four parts.
   const int splits = launch.depth_splits;
+  if (launch.on_warpgroups() && splits != 1) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: %d splits of the depth; on warpgroups it has one part",
+                launch.stem, splits);
+  }
   if (splits < 1 || (splits - 1) * ((num_stages + splits - 1) / splits) >= num_stages) {
     return fail(LIGHT_BAD_ARGUMENT, "%s: %d splits of a depth of %d stages", launch.stem, splits,
                 num_stages);
@@ -101,14 +125,17 @@ light_status check_matrix(const MatrixLaunch &launch) {
 }
 
 light_status launch_matrix(const MatrixLaunch &launch, const void *args) {
-  if (launch.groups.num_pairs == 0) {
-    return LIGHT_OK;
-  }
+  return launch_instance(launch, tile_shared_bytes(launch.tile, launch.num_bits), args);
+}
+
+light_status launch_instance(const MatrixLaunch &launch, int shared_bytes, const void *args) {
   const light_tile &tile = launch.tile;
   const std::string name = instance_name(launch);
+  // On warpgroups one more of them copies.
+  const int warps = tile.warps_weight * tile.warps_tokens * tile.depth_parts +
+                    (launch.on_warpgroups() ? 4 : 0);
   const Kernel *kernel = nullptr;
-  LIGHT_TRY(find_kernel(name, name, 32 * tile.warps_weight * tile.warps_tokens,
-                        tile_shared_bytes(tile, launch.num_bits), &kernel));
+  LIGHT_TRY(find_kernel(name, name, 32 * warps, shared_bytes, &kernel));
   const int num_groups = launch.groups.offsets == nullptr ? 1 : launch.groups.num_groups;
   const long long num_units =
       launch.depth_splits *

@@ -43,12 +43,16 @@ struct MatrixLaunch {
         depth_splits(args.depth_splits) {}
 
   int weight_rows() const { return swiglu ? 2 * num_features : num_features; }
+  bool on_warpgroups() const { return tile.limit > 0; }
 };
 
 // Refuse what no kernel takes: sizes, dtype, missing pointers.
 light_status check_matrix(const MatrixLaunch &launch);
 
-// Launch with `args`, the stem's own, as the kernel's parameter.
+// Launch with `args`, the stem's own, as the kernel's parameter: not for warpgroups.
 light_status launch_matrix(const MatrixLaunch &launch, const void *args);
+
+// Launch the tile's instance, persistent, with so many bytes of dynamic shared memory.
+light_status launch_instance(const MatrixLaunch &launch, int shared_bytes, const void *args);
 
 }  // namespace light

@@ -15,6 +15,7 @@ from lightmoe.kernels.checks import (
 )
 from lightmoe.kernels.groups import PairGroups
 from lightmoe.kernels.library import address, library
+from lightmoe.kernels.permute import permute
 from lightmoe.kernels.products import (
     GroupFields,
     Plan,
@@ -72,6 +73,9 @@ def grouped_gemm(
         deterministic=deterministic,
         tokens_per_tile=groups.tokens_per_tile,
     )
+    if plan.permutes and row_index is not None:
+        rows, row_index = permute(rows, row_index, max_ctas=max_ctas), None
+        groups_settled = True
     launch_product(
         group_fields(groups),
         plan,

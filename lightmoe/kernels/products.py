@@ -21,7 +21,7 @@ from lightmoe.kernels.checks import (
 )
 from lightmoe.kernels.groups import PairGroups
 from lightmoe.kernels.library import address, library
-from lightmoe.kernels.tiles import Product, Tile, choose_depth_splits, choose_tile
+from lightmoe.kernels.tiles import Product, Tile, choose_depth_splits, choose_tile, permutes_rows
 
 GroupFields = tuple[int, int, int, int, int, int]
 """light_pair_groups: the addresses of its four tables, G and P."""
@@ -29,13 +29,17 @@ GroupFields = tuple[int, int, int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A tile, and how many CTAs share the depth of one; more than one needs tickets and sums."""
+    """A tile, and how many CTAs share the depth of one; more than one needs tickets and sums.
+
+    With `permutes` rows that are gathered by an index are permuted first.
+    """
 
     tile: Tile
     tile_fields: tuple[int, ...]
     depth_splits: int = 1
     num_tickets: int = 0
     sums_bytes: int = 0
+    permutes: bool = False
 
 
 def plan_product(
@@ -100,7 +104,7 @@ def _plan(
         raise UsageError(str(error)) from None
     depth_splits = choose_depth_splits(product, tile)
     if depth_splits == 1:
-        return Plan(tile, tile.fields)
+        return Plan(tile, tile.fields, permutes=num_bits == 16 and permutes_rows(product, tile))
     needs = library().split_needs(
         tile.fields, num_pairs, num_groups, product.weight_rows, depth_splits
     )

@@ -94,9 +94,11 @@ def test_floor_is_the_larger_term() -> None:
     assert Work(6.0, 2.0).intensity == 3.0
 
 
-def test_turing_path_is_measured_by_its_own_instruction() -> None:
+def test_a_path_is_measured_by_its_own_instruction() -> None:
     assert path_of("75ptx", 90) == path_of(None, 75) == path_of("75", 75) == "sm75"
-    assert path_of(None, 90) == path_of("80", 90) == path_of("90", 90) == "sm80"
+    assert path_of(None, 86) == path_of("80", 80) == path_of("80ptx", 90) == "sm80"
+    assert path_of(None, 90) == path_of("90", 90) == "sm90"
     assert instruction_of("fp16", "sm75") == "half_k8"
     assert instruction_of("fp16", "sm80") == "half_k16"
     assert instruction_of("bf16", "sm80") == "bfloat_k16"
+    assert instruction_of("bf16", "sm90") == "wgmma_bf16"

@@ -32,7 +32,7 @@ CARD = Ceilings(
 )
 
 
-def a_row(**changes: Any) -> dict[str, Any]:
+def a_row(path: str = "sm80", **changes: Any) -> dict[str, Any]:
     label = {
         "shape": "mixtral",
         "tokens": 4096,
@@ -42,7 +42,7 @@ def a_row(**changes: Any) -> dict[str, Any]:
         "impl": "lightmoe",
     }
     return moe_layer.make_row(
-        label | changes, Timing(5.0, 4.9, 5.2, 9), 2e-3, 8, "bf16", "sm80", CARD
+        label | changes, Timing(5.0, 4.9, 5.2, 9), 2e-3, 8, "bf16", path, CARD
     )
 
 
@@ -53,6 +53,7 @@ def test_a_row_has_the_fields_and_the_shares() -> None:
     assert row["floor_ms"] == pytest.approx(1e3 * flops / 800e12)
     assert row["share_of_floor"] == pytest.approx(row["floor_ms"] / 5.0)
     assert row["share_of_instruction"] == pytest.approx(flops / 5e-3 / 630e12)
+    assert a_row("sm90")["share_of_instruction"] == pytest.approx(flops / 5e-3 / 800e12)
     assert row["tflops"] == pytest.approx(flops / 5e-3 / 1e12)
     assert row["bound"] == "compute"
     assert row["correct"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import native
 import torch
@@ -12,30 +14,44 @@ from native import Groups, Launch, built_tiles
 from packed import pack_codes
 from problem import quantize
 
-from lightmoe.kernels.tiles import Tile
+from lightmoe.kernels.tiles import candidates
 
 ROOT = Path(__file__).resolve().parents[2]
+LARGE, SMALL = (candidates(80, 16)[index] for index in (0, -1))
+HALF = next(tile for tile in candidates(75, 16) if tile.half_accumulate)
+CODES = candidates(80, 4)[0]
 NAMES = [
-    "grouped_gemm_bf16_w128_t128_d32_s4_2x2_swiglu",
-    "grouped_gemm_bf16_w64_t8_d64_s6_4x1_swiglu",
-    "grouped_gemm_bf16_w64_t8_d64_s6_4x1_plain",
-    "grouped_gemm_f16_w128_t128_d32_s2_2x2_acc16_swiglu",
-    "quant_gemm_bf16_int4_w64_t8_d64_s6_4x1_swiglu",
-    "quant_gemm_bf16_int8_w64_t8_d64_s6_4x1_swiglu",
+    f"grouped_gemm_bf16_{SMALL.name}_swiglu",
+    f"grouped_gemm_bf16_{LARGE.name}_swiglu",
+    f"grouped_gemm_bf16_{SMALL.name}_plain",
+    f"grouped_gemm_f16_{HALF.name}_swiglu",
+    f"quant_gemm_bf16_int4_{CODES.name}_swiglu",
+    f"quant_gemm_bf16_int8_{candidates(80, 8)[0].name}_swiglu",
     "combine",
 ]
 
 
 def test_tiles_are_those_of_stem_dtype_bits_and_epilogue() -> None:
-    small, large = Tile(64, 8, 64, 6, 4, 1), Tile(128, 128, 32, 4, 2, 2)
-    assert built_tiles(NAMES, "grouped_gemm", torch.bfloat16, swiglu=True) == [small, large]
-    assert built_tiles(NAMES, "grouped_gemm", torch.bfloat16, swiglu=False) == [small]
-    assert built_tiles(NAMES, "quant_gemm", torch.bfloat16, swiglu=True, num_bits=4) == [small]
-    half = built_tiles(NAMES, "grouped_gemm", torch.float16, swiglu=True)
-    assert half == [Tile(128, 128, 32, 2, 2, 2, half_accumulate=1)]
-    assert str(Launch(half[0])) == "w128_t128_d32_s2_2x2_acc16"
-    assert str(Launch(small, depth_splits=4)) == "w64_t8_d64_s6_4x1_k4"
-    assert built_tiles(NAMES, "grouped_gemm", torch.float16, swiglu=False) == []
+    ampere, stem = ("80", NAMES), "grouped_gemm"
+    assert built_tiles(*ampere, stem, torch.bfloat16, swiglu=True) == [LARGE, SMALL]
+    assert built_tiles(*ampere, stem, torch.bfloat16, swiglu=False) == [SMALL]
+    assert built_tiles(*ampere, "quant_gemm", torch.bfloat16, swiglu=True, num_bits=4) == [CODES]
+    assert built_tiles("80ptx", NAMES, stem, torch.bfloat16, swiglu=False) == [SMALL]
+    assert built_tiles("75ptx", NAMES, stem, torch.float16, swiglu=True) == [HALF]
+    assert built_tiles(*ampere, stem, torch.float16, swiglu=False) == []
+    assert str(Launch(HALF)) == "w128_t64_d32_s2_2x2_acc16"
+    assert str(Launch(SMALL, depth_splits=4)) == "w64_t8_d64_s6_4x1_k4"
+
+
+def test_tiles_of_one_instance_are_told_apart() -> None:
+    tile = candidates(90, 4)[0]
+    smaller = replace(tile, tokens=16, stages=2)
+    names = [f"quant_gemm_bf16_int4_{tile.name}_plain"]
+    with mock.patch.object(native, "candidates", return_value=(tile, smaller)):
+        built = built_tiles("90", names, "quant_gemm", torch.bfloat16, swiglu=False, num_bits=4)
+    assert built == [tile, smaller]
+    assert str(Launch(smaller)) == f"{tile.name}_t16_s2"
+    assert str(Launch(tile)) == f"{tile.name}_t{tile.tokens}_s{tile.stages}"
 
 
 def test_every_compiled_matrix_kernel_is_read(checkout: Path) -> None:
@@ -45,14 +61,24 @@ def test_every_compiled_matrix_kernel_is_read(checkout: Path) -> None:
     for architecture in (75, 80, 90):
         programs = instances.programs(architecture)
         names = [program.name for program in programs if program.tile is not None]
-        found = sum(
-            len(built_tiles(names, stem, dtype, swiglu, num_bits))
+        read = [
+            f"{stem}_{native.DTYPE_NAMES[dtype]}{bits}_{tile.name}_{epilogue}"
             for stem, all_bits in instances.MATRIX_BITS.items()
-            for num_bits in (0 if bits == 16 else bits for bits in all_bits)
+            for num_bits in all_bits
+            for bits in ["" if num_bits == 16 else f"_int{num_bits}"]
             for dtype in (torch.float16, torch.bfloat16)
-            for swiglu in (True, False)
-        )
-        assert found == len(names) > 0
+            for epilogue in ("plain", "swiglu")
+            for tile in built_tiles(
+                str(architecture),
+                names,
+                stem,
+                dtype,
+                swiglu=epilogue == "swiglu",
+                num_bits=num_bits,
+            )
+        ]
+        assert set(read) == set(names)
+        assert len(names) > 0
 
 
 class RecordingLibrary:
@@ -68,7 +94,7 @@ class RecordingLibrary:
 def test_launches_carry_what_the_binding_takes(checkout: Path) -> None:
     library = RecordingLibrary()
     groups = Groups.from_counts(torch.tensor([3, 5]), 8)
-    launch, rows = Launch(Tile(64, 8, 64, 6, 4, 1)), torch.randn(8, 128).bfloat16()
+    launch, rows = Launch(SMALL), torch.randn(8, 128).bfloat16()
     weights, output = torch.randn(2, 64, 128).bfloat16(), torch.empty(8, 32).bfloat16()
     packed = pack_codes(quantize(weights.clone(), 4, 128), swiglu=True)
     common = (library, launch, rows)
@@ -84,7 +110,7 @@ def test_launches_carry_what_the_binding_takes(checkout: Path) -> None:
     assert quantised["slot_bytes"] == 64 * 128 // 2 + 64 * 2
     assert plain["num_features"] == quantised["num_features"] == 32
     assert plain["depth"] == quantised["depth"] == 128
-    assert plain["tile"] == (64, 8, 64, 6, 4, 1, 0)
+    assert plain["tile"] == (64, 8, 64, 6, 4, 1, 0, 0, 1)
 
 
 def test_tile_table_covers_every_pair_once() -> None:

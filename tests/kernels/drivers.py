@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-TILE = (128, 64, 32, 2, 2, 2, 0)
+KERNELS = HERE.parents[1] / "cute_kernels"
+TILE = (128, 64, 32, 2, 2, 2, 0, 0, 1)
 KERNEL = "grouped_gemm_f16_w128_t64_d32_s2_2x2_plain"
 PRODUCT = {
     "groups": (0, 16, 16, 16, 8, 1000),
@@ -35,6 +36,7 @@ BIND = ("bind_device", [0], {})
 def compile_driver(folder: Path, source: Path) -> Path:
     """Make `source` the libcuda.so.1 of a folder."""
     command = ["c++", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    command += [f"-I{KERNELS}"]
     subprocess.run([*command, str(source), "-o", str(folder / "libcuda.so.1")], check=True)
     return folder
 

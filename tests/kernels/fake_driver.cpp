@@ -1,5 +1,5 @@
 // A libcuda.so.1 for machines without a GPU: it says what was asked of it, one line a call that
-// matters, and answers as the environment tells. test_library.py runs liblight_ops over it.
+// matters, and answers as the environment tells. test_launches.py runs liblight_ops over it.
 #include <unistd.h>
 
 #include <cstdio>
@@ -7,6 +7,8 @@
 #include <cstring>
 #include <set>
 #include <string>
+
+#include "hopper_launch.h"
 
 namespace {
 
@@ -31,6 +33,19 @@ int setting(const char *name, int otherwise) {
 std::set<std::string> &names() {
   static std::set<std::string> all;
   return all;
+}
+
+// What a launch on warpgroups passes beside its maps and the stem's own arguments.
+template <class Args>
+std::string beside(const void *parameter) {
+  const auto *launch = static_cast<const light::HopperLaunch<Args> *>(parameter);
+  std::string text;
+  for (const int number : {launch->stage.tokens_offset, launch->stage.scales_offset,
+                           launch->stage.zeros_offset, launch->stage.bytes,
+                           launch->stage.weights_bytes, launch->tokens, launch->num_stages}) {
+    text += " " + std::to_string(number);
+  }
+  return text;
 }
 
 thread_local void *current = nullptr;
@@ -85,7 +100,7 @@ int cuDeviceGetAttribute(int *value, int attribute, int) {
       *value = capability % 10;
       return 0;
     case 97:
-      *value = 64 << 10;
+      *value = (capability >= 90 ? 227 : 64) << 10;
       return 0;
     default:
       return 1;
@@ -131,13 +146,43 @@ int cuThreadExchangeStreamCaptureMode(int *mode) {
   return 0;
 }
 
-int cuLaunchKernelEx(const Config *config, void *function, void **, void **) {
+// An axis is extent/box, and @bytes from one element of it to the next but for the first.
+int cuTensorMapEncodeTiled(void *map, int type, unsigned int rank, void *address,
+                           const unsigned long long *extents, const unsigned long long *strides,
+                           const unsigned int *box, const unsigned int *steps, int interleave,
+                           int swizzle, int promotion, int fill) {
+  std::string axes, unsteady;
+  for (unsigned int i = 0; i < rank; ++i) {
+    axes += " " + std::to_string(extents[i]) + "/" + std::to_string(box[i]);
+    if (i > 0) {
+      axes += "@" + std::to_string(strides[i - 1]);
+    }
+    if (steps[i] != 1) {
+      unsteady = " steps";
+    }
+  }
+  dprintf(STDOUT_FILENO, "map%s type %d at %zu swizzle %d promotion %d%s%s\n", axes.c_str(), type,
+          reinterpret_cast<size_t>(address), swizzle, promotion, unsteady.c_str(),
+          interleave || fill || reinterpret_cast<size_t>(map) % 64 ? " odd" : "");
+  std::memset(map, 0, sizeof(light::TensorMap));
+  return setting("FAKE_MAP", 0);
+}
+
+int cuLaunchKernelEx(const Config *config, void *function, void **parameters, void **) {
+  const char *name = static_cast<char *>(function);
+  if (std::strstr(name, "_wgmma_") != nullptr) {
+    const bool is_plain = std::strncmp(name, "grouped_gemm", 12) == 0;
+    dprintf(STDOUT_FILENO, "stage%s\n",
+            (is_plain ? beside<light_grouped_gemm_args>(parameters[0])
+                      : beside<light_quant_gemm_args>(parameters[0]))
+                .c_str());
+  }
   std::string attributes;
   for (unsigned int i = 0; i < config->num_attributes; ++i) {
     attributes += " " + std::to_string(config->attributes[i].id);
   }
   dprintf(STDOUT_FILENO, "launch %s grid %u block %u shared %u stream %zu attributes%s\n",
-          static_cast<char *>(function), config->grid[0], config->block[0], config->shared_bytes,
+          name, config->grid[0], config->block[0], config->shared_bytes,
           reinterpret_cast<size_t>(config->stream), attributes.c_str());
   return setting("FAKE_LAUNCH", 0);
 }

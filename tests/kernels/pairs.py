@@ -1,11 +1,12 @@
 """What the tests of the matrix kernels share: random pairs on the GPU, their products in float64,
-and the roads: the kernels of the card itself, and the PTX of Turing, which newer cards run too.
+and the roads: the kernels of the card itself, and the PTX of Turing and of Ampere, which newer
+cards run too.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from unittest import mock
 
@@ -19,8 +20,12 @@ from lightmoe.kernels.reference import sort_pairs
 from lightmoe.kernels.tiles import Tile, candidates
 from tests.gpus import half_dtypes
 
+DELAY_CYCLES = 2_000_000  # about a millisecond: everything behind it is enqueued by then
 MOST_ERROR = {torch.bfloat16: 4e-3, torch.float16: 1e-3}  # of the norm of a whole output
-TURING = "75ptx"
+TURING, AMPERE = "75ptx", "80ptx"
+# Pairs of groups: none, one, and both sides of what each width of mma and each tile holds.
+_EDGES = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 352)
+COUNTS = [0, 1, 0, *(edge + over for edge in _EDGES for over in (-1, 0, 1)), 0]
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class Road:
 
 
 NATIVE = [Road(getattr(torch, name)) for name in half_dtypes()]
-ROADS = [*NATIVE, Road(torch.float16, TURING)]
+ROADS = [*NATIVE, Road(torch.float16, TURING), Road(torch.bfloat16, AMPERE)]
+SPLITTING = [*NATIVE, Road(torch.bfloat16, AMPERE)]
 
 
 @contextlib.contextmanager
@@ -49,7 +55,8 @@ def on_road(road: Road) -> Iterator[Road]:
     """Launches inside use the road's kernels; skips the test where they were not built."""
     manifest = read_manifest(FOLDER)
     if road.architecture and (manifest is None or road.architecture not in manifest.kernels):
-        pytest.skip(f"no kernels for {road.architecture} in {FOLDER}: build.py --arch 90,75ptx")
+        remedy = f"build.py --arch 90,{road.architecture}"
+        pytest.skip(f"no kernels for {road.architecture} in {FOLDER}: {remedy}")
     with using(architecture=road.architecture):
         yield road
 
@@ -67,6 +74,48 @@ def tiles_of(dtype: torch.dtype, num_bits: int) -> list[Tile]:
         for tile in candidates(architecture(), num_bits)
         if dtype == torch.float16 or not tile.half_accumulate
     ]
+
+
+def has_split_tiles() -> bool:
+    """Whether CTAs may share the depth of an output now: not on warpgroups."""
+    return not candidates(architecture(), 16)[0].limit
+
+
+def split_tiles_of(dtype: torch.dtype, num_bits: int) -> list[Tile]:
+    """Those of tiles_of whose depth CTAs may share; skips the test where there are none."""
+    if not has_split_tiles():
+        pytest.skip("tiles of warpgroups share no depth among CTAs")
+    return tiles_of(dtype, num_bits)
+
+
+def order_never_varies(tile: Tile) -> bool:
+    """Whether a sum of this tile is one chain in fp32, the same as in any other such tile."""
+    return not tile.half_accumulate and tile.depth_parts == 1
+
+
+@contextlib.contextmanager
+def gathered_rows() -> Iterator[None]:
+    """Products inside gather rows in the kernel, also where they would permute them first."""
+    products._plan.cache_clear()
+    try:
+        with mock.patch.object(products, "permutes_rows", return_value=False):
+            yield
+    finally:
+        products._plan.cache_clear()
+
+
+def on_two_streams(enqueue: Callable[[], Tensor], rounds: int = 4) -> list[Tensor]:
+    """What `enqueue` makes on two streams at once, behind a kernel that keeps each one waiting."""
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    made = []
+    torch.cuda.synchronize()
+    for _ in range(rounds):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(DELAY_CYCLES)
+                made.append(enqueue())
+    torch.cuda.synchronize()
+    return made
 
 
 @contextlib.contextmanager

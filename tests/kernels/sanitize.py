@@ -22,6 +22,7 @@ from lightmoe.kernels.tiles import Tile
 from lightmoe.quant.fragments import PackedMatrix
 from lightmoe.quant.packing import QuantizedExpertLayout
 from tests.kernels.pairs import (
+    AMPERE,
     MOST_ERROR,
     NATIVE,
     TURING,
@@ -48,9 +49,10 @@ def main() -> int:
     arguments = parser.parse_args()
     manifest = read_manifest(FOLDER)
     assert manifest is not None, "make kernels"
-    turing = [Road(torch.float16, TURING)] if TURING in manifest.kernels else []
+    roads = [*NATIVE, Road(torch.float16, TURING), Road(torch.bfloat16, AMPERE)]
+    built = {None, *manifest.kernels}
     num_launches, wrong, start = 0, 0, time.monotonic()
-    for road in (*NATIVE, *turing):
+    for road in (road for road in roads if road.architecture in built):
         with on_road(road):
             for num_bits in map(int, arguments.bits.split(",")):
                 for error in launch_all(road, num_bits):
@@ -74,7 +76,7 @@ def launch_all(road: Road, num_bits: int) -> Iterator[float]:
         for tile in tiles_of(road.dtype, num_bits):
             pairs = sort_experts(experts, slots, tile.tokens)
             expected = product_on_host(rows, dense, pairs, pair_weight, swiglu=swiglu)
-            for splits in SPLITS:
+            for splits in (1,) if tile.limit else SPLITS:
                 actual = launch(rows, operand, pairs, pair_weight, tile, splits, swiglu=swiglu)
                 error = (actual.double() - expected).norm() / expected.norm()
                 if not error <= MOST_ERROR[road.dtype]:

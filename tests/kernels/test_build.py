@@ -4,25 +4,22 @@ compiler of CUDA 12.2, and what it makes for Turing holds what was promised.
 
 from __future__ import annotations
 
-import importlib
 import json
 import locale
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from tests.kernels.builds import build, compiles, machine_code, run_build
 
 ARCHITECTURES = ("75", "80", "86", "89", "90")
 TURING_REGISTERS = 65536  # of a multiprocessor
 TURING_SHARED_BYTES = 65536
 MATRIX_STEMS = ("grouped_gemm", "quant_gemm")
-# A first run compiles; on two cores the whole set may take ten minutes.
-compiles = pytest.mark.timeout(900)
 
 PTXAS_LOG = """ptxas info    : 304 bytes gmem
 ptxas info    : Compiling entry function 'first' for 'sm_75'
@@ -34,25 +31,6 @@ ptxas info    : Function properties for second
 ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 10 registers
 """
-
-
-@pytest.fixture
-def module(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Imports a module of cute_kernels/ by its name."""
-    monkeypatch.syspath_prepend(checkout / "cute_kernels")
-    return importlib.import_module
-
-
-def run_build(checkout: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(checkout / "cute_kernels/build.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def build(checkout: Path, out: Path, *arguments: object) -> dict[str, list[dict]]:
-    """Build kernels into `out`: architecture -> the manifest's entries."""
-    done = run_build(checkout, "--kernels-only", "--out", out, *arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((out / "manifest.json").read_text())["architectures"]
 
 
 @pytest.fixture(scope="session")
@@ -93,14 +71,11 @@ def test_turing_instances_spill_nothing(turing_folder: Path) -> None:
 
 @compiles
 def test_turing_instances_use_the_tensor_cores(checkout: Path, turing_folder: Path, module) -> None:
-    disassembler = module("toolchain").find_disassembler(checkout / "build/disassembler")
     wrong = {}
-    for path in sorted((turing_folder / "75").glob("*.cubin")):
-        command = [str(disassembler), "-c", str(path)]
-        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for name, code in machine_code(checkout, module("toolchain"), turing_folder / "75").items():
         found = set(re.findall(r"\b(HMMA\.1688|LDSM|LDL|STL)\b", code))
         if found != {"HMMA.1688", "LDSM"}:
-            wrong[path.stem] = found
+            wrong[name] = found
     assert wrong == {}
 
 

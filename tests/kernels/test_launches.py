@@ -13,7 +13,6 @@ import pytest
 from lightmoe.kernels import library
 from tests.kernels.drivers import (
     BIND,
-    HERE,
     KERNEL,
     PRODUCT,
     TILE,
@@ -25,21 +24,16 @@ from tests.kernels.drivers import (
     product,
 )
 
+FOLDERS = ["75", "80", "90", "75ptx", "80ptx"]
 SPLIT = {"split_sums": 16, "split_tickets": 16, "depth_splits": 3}
-
-
-@pytest.fixture(scope="session")
-def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a libcuda.so.1 that tells what it is asked."""
-    return compile_driver(tmp_path_factory.mktemp("driver"), HERE / "fake_driver.cpp")
 
 
 @pytest.fixture
 def kernels(tmp_path: Path) -> Path:
-    """A folder of files that pretend to be kernels for sm_75, sm_80 and sm_90, and PTX."""
-    for folder in ("75", "80", "90", "75ptx"):
+    """A folder of files that pretend to be a kernel for each of FOLDERS."""
+    for folder in FOLDERS:
         (tmp_path / folder).mkdir()
-        suffix = ".ptx" if folder == "75ptx" else ".cubin"
+        suffix = ".ptx" if folder.endswith("ptx") else ".cubin"
         (tmp_path / folder / f"{KERNEL}{suffix}").write_text(f"image of {folder}")
     return tmp_path
 
@@ -114,6 +108,7 @@ def test_calls_before_open(host_library: Path, fake_driver: Path) -> None:
         (89, "", "80"),
         (90, "", "90"),
         (90, "75ptx", "75ptx"),
+        (90, "80ptx", "80ptx"),
     ],
 )
 def test_kernels_of_a_device(
@@ -129,7 +124,7 @@ def test_kernels_of_a_device(
     assert f"architecture: {folder}" in lines
     assert f"load image of {folder}" in lines
     if not architecture:
-        assert library.architecture_for(capability, ["75", "80", "90", "75ptx"]) == folder
+        assert library.architecture_for(capability, FOLDERS) == folder
 
 
 @pytest.mark.parametrize("capability", [70, 100, 120])
@@ -142,7 +137,7 @@ def test_a_device_without_kernels(
         f"grouped_gemm: 3 {kernels} holds no kernels for sm_{capability}: "
         f"make kernels ARCHS={capability}"
     )
-    assert library.architecture_for(capability, ["75", "80", "90", "75ptx"]) is None
+    assert library.architecture_for(capability, FOLDERS) is None
 
 
 def test_opening_again_changes_the_kernels(
@@ -227,7 +222,7 @@ def test_nothing_to_compute_launches_nothing(
 
 @pytest.mark.parametrize(
     ("capability", "architecture", "attributes"),
-    [(75, "", ""), (86, "", ""), (90, "", " 6"), (90, "75ptx", "")],
+    [(75, "", ""), (86, "", ""), (90, "", " 6"), (90, "75ptx", ""), (90, "80ptx", "")],
 )
 def test_overlapped_launch_where_kernels_can_wait(
     host_library: Path,
@@ -250,7 +245,7 @@ def test_more_than_48_kib_of_shared_memory_is_asked_for(
     for stages in (3, 5, 6):
         name = KERNEL.replace("_s2_", f"_s{stages}_")
         (kernels / "75" / f"{name}.cubin").write_text("image")
-    calls = [product(tile=(128, 64, 32, stages, 2, 2, 0)) for stages in (3, 5, 6)]
+    calls = [product(tile=(*TILE[:3], stages, *TILE[4:])) for stages in (3, 5, 6)]
     lines = call(host_library, fake_driver, opened(kernels), BIND, *calls)
     assert [line for line in lines if line.startswith("set")] == ["set 8 65536"]
     assert len(launches(lines)) == 2
@@ -303,8 +298,9 @@ def test_loading_is_allowed_in_a_capture(
         ({"rows": 0}, "rows, weights or output is null"),
         ({"groups": (0, 16, 0, 0, 8, 9)}, "groups without a table of tiles"),
         ({"groups": (0, 16, 16, 16, 8, -1)}, "-1 pairs in 8 groups"),
-        ({"tile": (128, 64, 32, 2, 0, 2, 0)}, "no such tile as grouped_gemm_f16_w128_t64_d32_s2"),
-        ({"tile": (*TILE[:6], 1), "dtype": 1}, "fp16 accumulators take fp16 rows only"),
+        ({"tile": (*TILE[:4], 0, *TILE[5:])}, "no such tile as grouped_gemm_f16_w128_t64_d32_s2"),
+        ({"tile": (*TILE[:8], 0)}, "no such tile as grouped_gemm_f16_w128_t64_d32_s2"),
+        ({"tile": (*TILE[:6], 1, 0, 1), "dtype": 1}, "fp16 accumulators take fp16 rows only"),
         ({"swiglu": True, "output_float32": True}, "swiglu has no float32 output"),
         ({"depth_splits": 0}, "0 splits of a depth of 8 stages"),
         (SPLIT | {"depth_splits": 9}, "9 splits of a depth of 8 stages"),
@@ -344,7 +340,7 @@ QUANTISED = PRODUCT | {
     "zeros": 0,
     "num_bits": 4,
     "group_size": 128,
-    "tile": (128, 64, 64, 2, 2, 2, 0),
+    "tile": (128, 64, 64, *TILE[3:]),
 }
 
 

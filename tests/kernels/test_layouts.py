@@ -1,4 +1,4 @@
-"""Proofs on the host, for every tile of instances.py: each element of a tile in shared memory once,
+"""Proofs on the host, for every tile of a warp's mma: each element of a tile in shared memory once,
 no bank met twice in a phase of ldmatrix or of a store, each fragment where CuTe's atoms want it.
 """
 
@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from lightmoe.quant.fragments import pack_weight
 from tests.kernels.layouts.host import compile_library, cute_includes, kernels_module
+from tests.kernels.layouts.packed import packed_positions
 
 NUM_BANKS = 32  # of 4 bytes
 PHASE = 8  # lanes that touch shared memory together when each takes 16 bytes
@@ -22,7 +21,7 @@ LANES = np.arange(32)
 
 
 def tiles_in_use() -> list[tuple[int, int, int]]:
-    """(rows, depth, threads) of both operands of all instances, on all architectures."""
+    """(rows, depth, threads) of both operands of all instances of a warp's mma."""
     instances = kernels_module("instances")
     return sorted(
         {
@@ -30,6 +29,7 @@ def tiles_in_use() -> list[tuple[int, int, int]]:
             for architecture in (75, 80, 86, 89, 90)
             for stem in instances.MATRIX_BITS
             for tile in instances.tiles(stem, architecture)
+            if not tile.limit
             for rows in (tile.weight_rows, tile.tokens)
         }
     )
@@ -210,29 +210,6 @@ def test_sums_lie_where_the_epilogue_takes_them(layouts: Layouts, atom: int) -> 
     value = np.arange(4)
     assert np.array_equal(row, LANES[:, None] // 4 + value // 2 * 8)
     assert np.array_equal(token, LANES[:, None] % 4 * 2 + value % 2)
-
-
-def packed_positions(num_bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row and depth [32 lanes, 4 steps, 4 registers, 2] of a block, read as the kernel reads it.
-
-    The codes of a few packed matrices are the digits of each element's number.
-    """
-    number = torch.arange(16 * 64).view(16, 64)
-    position = np.zeros((32, 4, 4, 2), dtype=np.int64)
-    for shift in range(0, 12, num_bits):
-        codes = (number >> shift & (1 << num_bits) - 1).to(torch.uint8)
-        ones = torch.ones(16, 1, dtype=torch.float16)
-        packed = pack_weight(codes, ones, None, num_bits, 64).packed.numpy()[0, 0, 0]
-        position += _digits(packed, num_bits).astype(np.int64) << shift
-    return position // 64, position % 64
-
-
-def _digits(packed: np.ndarray, num_bits: int) -> np.ndarray:
-    if num_bits == 8:  # [2, 32, 16]: half of the depth, lane, (step, word, register, lo and hi)
-        return packed.reshape(2, 32, 2, 4, 2).transpose(1, 0, 2, 3, 4).reshape(32, 4, 4, 2)
-    words = packed.view("<u4")  # [32, 4 steps]
-    pairs = np.stack([words >> 4 * register & 0x000F000F for register in range(4)], axis=-1)
-    return np.stack([pairs & 0xFFFF, pairs >> 16], axis=-1)
 
 
 @pytest.mark.parametrize("num_bits", [4, 8])

@@ -48,6 +48,7 @@ def test_old_names_of_the_driver_are_not_taken(checkout: Path, toolchain: Path) 
 
 DRIVER_CHECKS = """
 #include <cuda.h>
+#include "hopper_launch.h"
 #include "host/driver.h"
 namespace d = light::driver;
 template <class Mine, class Theirs> constexpr bool same = sizeof(Mine) == sizeof(Theirs);
@@ -78,6 +79,14 @@ static_assert(d::kAttributeCooperative == CU_LAUNCH_ATTRIBUTE_COOPERATIVE);
 static_assert(d::kAttributeClusterDimension == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION);
 static_assert(d::kAttributeProgrammaticStreamSerialization ==
               CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION);
+static_assert(same<light::TensorMap, CUtensorMap>);
+static_assert(alignof(light::TensorMap) == alignof(CUtensorMap));
+// The numbers that test_hopper_launches.py expects:
+static_assert(CU_TENSOR_MAP_DATA_TYPE_UINT32 == 2 && CU_TENSOR_MAP_DATA_TYPE_FLOAT16 == 6);
+static_assert(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 == 9 && CU_TENSOR_MAP_INTERLEAVE_NONE == 0);
+static_assert(CU_TENSOR_MAP_SWIZZLE_NONE == 0 && CU_TENSOR_MAP_SWIZZLE_128B == 3);
+static_assert(CU_TENSOR_MAP_L2_PROMOTION_L2_256B == 3);
+static_assert(CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE == 0);
 """
 
 
@@ -161,7 +170,8 @@ def test_nothing_built(tmp_path: Path) -> None:
 
 def test_another_abi(tmp_path: Path) -> None:
     write_manifest(tmp_path, abi=0)
-    with pytest.raises(MachineError, match=r"holds kernels of ABI 0, not 1; make kernels"):
+    said = f"holds kernels of ABI 0, not {library.ABI}; make kernels"
+    with pytest.raises(MachineError, match=said):
         library.open_library(tmp_path)
 
 

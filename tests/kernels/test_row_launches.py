@@ -9,16 +9,10 @@ import pytest
 
 from lightmoe.kernels import workspace
 from lightmoe.kernels.topk_gate import FUSED_TOKENS, MAX_EXPERTS, MAX_FUSED_WIDTH
-from tests.kernels.drivers import BIND, HERE, Call, call, compile_driver, launches, opened
+from tests.kernels.drivers import BIND, Call, call, launches, opened
 
 STEMS = ("topk_gate", "combine", "permute")
 LAUNCH = re.compile(r"launch (\w+) grid (\d+) block (\d+) shared (\d+)")
-
-
-@pytest.fixture(scope="session")
-def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a libcuda.so.1 that tells what it is asked."""
-    return compile_driver(tmp_path_factory.mktemp("driver"), HERE / "fake_driver.cpp")
 
 
 @pytest.fixture

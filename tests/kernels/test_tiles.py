@@ -13,12 +13,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightmoe.kernels.tiles import (
+    MOST_STAGES,
     SHARED_BYTES,
     Product,
     Tile,
     candidates,
     choose_depth_splits,
     choose_tile,
+    permutes_rows,
     rejections,
 )
 from tests.kernels.layouts.host import compile_library, kernels_module
@@ -61,7 +63,8 @@ def products(draw: st.DrawFn, *, deterministic: bool | None = None) -> Product:
 
 SEARCH = settings(deadline=None, derandomize=True, max_examples=400)
 ONE_PAIR = Product(75, 1, 1, 8, 8, swiglu=False, half=True, deterministic=False)
-SPLIT = Product(90, 4, 8, 512, 14336, swiglu=False, half=True, deterministic=False)
+SPLIT = Product(80, 4, 8, 512, 14336, swiglu=False, half=True, deterministic=False)
+HOPPER = Product(90, 4, 8, 512, 14336, swiglu=False, half=False, deterministic=False)
 PREFILL = Product(75, 65536, 8, 14336, 4096, swiglu=True, half=True, deterministic=False)
 
 
@@ -69,6 +72,7 @@ PREFILL = Product(75, 65536, 8, 14336, 4096, swiglu=True, half=True, determinist
 @given(product=products())
 @example(product=ONE_PAIR)
 @example(product=SPLIT)
+@example(product=HOPPER)
 @example(product=PREFILL)
 def test_there_is_always_a_tile_and_every_better_one_has_a_number_against_it(
     product: Product,
@@ -120,6 +124,7 @@ def test_a_deterministic_product_is_one_chain_of_fp32_sums(product: Product) -> 
     tile = choose_tile(product)
 
     assert not tile.half_accumulate
+    assert tile.depth_parts == 1
     assert choose_depth_splits(product, tile) == 1
 
 
@@ -138,6 +143,85 @@ def test_no_part_of_a_split_depth_is_empty(product: Product) -> None:
 
 def test_a_narrow_deep_product_is_split() -> None:
     assert choose_depth_splits(SPLIT, choose_tile(SPLIT)) > 1
+
+
+@SEARCH
+@given(product=products(deterministic=False))
+@example(product=HOPPER)
+def test_on_warpgroups_ctas_share_no_depth(product: Product) -> None:
+    tile = choose_tile(replace(product, architecture=90))
+
+    assert tile.limit >= tile.tokens
+    assert choose_depth_splits(product, tile) == 1
+
+
+# model: experts, experts of a token, width, expert width
+LAYERS = [(8, 2, 4096, 14336), (64, 6, 2048, 1408), (128, 8, 2048, 768)]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("num_bits", [16, 8, 4])
+@pytest.mark.parametrize("num_tokens", [1, 3, 48, 700, 3000, 4096])
+def test_any_number_of_tokens_has_one_tile_for_both_products_on_hopper(
+    num_tokens: int, num_bits: int, deterministic: bool
+) -> None:
+    for num_experts, per_token, width, expert_width in LAYERS:
+        gate_up = Product(
+            90,
+            num_tokens * per_token,
+            num_experts,
+            expert_width,
+            width,
+            swiglu=True,
+            half=False,
+            deterministic=deterministic,
+            num_bits=num_bits,
+        )
+        tile = choose_tile(gate_up)
+        down = replace(
+            gate_up,
+            num_features=width,
+            depth=expert_width,
+            swiglu=False,
+            tokens_per_tile=tile.tokens,
+        )
+        for product in (gate_up, down):
+            assert [reason for _, reason in rejections(product)].count(None) == 1
+        assert choose_tile(down).tokens == tile.tokens
+
+
+def test_few_tiles_of_four_bits_share_a_stage_where_sums_may_differ() -> None:
+    few = replace(HOPPER, num_bits=4, num_pairs=8)
+
+    assert choose_tile(few).depth_parts > 1
+    assert choose_tile(replace(few, deterministic=True)).depth_parts == 1
+    assert choose_tile(replace(few, num_features=1 << 14)).depth_parts == 1
+
+
+def test_rows_are_permuted_where_the_tensor_cores_are_the_bound() -> None:
+    prefill = replace(HOPPER, num_pairs=8 * 4096, num_features=14336)
+
+    assert permutes_rows(prefill, choose_tile(prefill))
+    for other in (
+        replace(prefill, num_pairs=64),
+        replace(prefill, num_features=512),
+        replace(prefill, architecture=80),
+    ):
+        assert not permutes_rows(other, choose_tile(other))
+
+
+@pytest.mark.parametrize("num_bits", [16, 8, 4])
+def test_tiles_of_warpgroups_are_as_deep_as_memory_allows(num_bits: int) -> None:
+    for tile in candidates(90, num_bits):
+        deeper = replace(tile, stages=tile.stages + 1)
+        ctas_bytes = tile.ctas_per_sm * (deeper.shared_bytes(num_bits) + RESERVED_BYTES[90])
+
+        assert tile.stages >= 4
+        assert deeper.stages > MOST_STAGES or ctas_bytes > SM_SHARED_BYTES[90]
+        assert tile.warps_weight % 4 == 0, "whole warpgroups"
+        assert tile.weight_rows % (16 * tile.warps_weight) == 0, "64 rows of each"
+        assert tile.tokens <= tile.limit
+        assert tile.tokens % 16 == 0
 
 
 def test_fp16_sums_are_taken_where_they_may() -> None:
@@ -160,6 +244,7 @@ def test_pairs_that_are_sorted_already_keep_their_tiles(product: Product, index:
     assert tile.tokens == wanted
     assert tile in tiles
     assert not (tile.half_accumulate and product.deterministic)
+    assert not (tile.depth_parts > 1 and product.deterministic)
 
 
 @given(product=products(), tokens=st.integers(0, 300))
@@ -204,9 +289,13 @@ def tile_memory(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def test_the_formula_of_shared_memory_is_the_kernels(
     tile_memory: ctypes.CDLL, architecture: int, num_bits: int, tile: Tile
 ) -> None:
-    fields = (ctypes.c_int * 7)(*tile.fields)
+    fields = (ctypes.c_int * 9)(*tile.fields)
 
     assert tile.shared_bytes(num_bits) == tile_memory.shared_bytes(fields, num_bits)
+
+
+def test_a_kernel_has_barriers_for_as_many_stages(tile_memory: ctypes.CDLL) -> None:
+    assert tile_memory.most_stages() == MOST_STAGES
 
 
 @pytest.mark.parametrize(("architecture", "num_bits", "tile"), COMPILED)

@@ -1,6 +1,20 @@
-// cute_kernels/tile_memory.h for tests/kernels/test_tiles.py.
+// cute_kernels/tile_memory.h and hopper_launch.h for tests/kernels/test_tiles.py.
 #include "tile_memory.h"
 
-extern "C" int shared_bytes(const light_tile *tile, int num_bits) {
-  return light::tile_shared_bytes(*tile, num_bits);
+#include "hopper_launch.h"
+
+// Of a stage on warpgroups with the most scales and zeros there can be.
+static int hopper_stage_bytes(const light_tile &tile, int num_bits) {
+  const bool quantised = num_bits < 16;
+  const int groups = quantised ? tile.depth / light::kSmallestGroup : 0;
+  return light::hopper_stage(tile.weight_rows, tile.tokens, tile.depth, num_bits, groups,
+                             quantised)
+      .bytes;
 }
+
+extern "C" int shared_bytes(const light_tile *tile, int num_bits) {
+  return tile->limit ? tile->stages * hopper_stage_bytes(*tile, num_bits) + light::kHopperTailBytes
+                     : light::tile_shared_bytes(*tile, num_bits);
+}
+
+extern "C" int most_stages() { return light::kMostStages; }

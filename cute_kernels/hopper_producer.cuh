@@ -1,0 +1,149 @@
+// The warpgroup that feeds the others: weights, and token rows that lie together, through the copy
+// engine; rows that are gathered through cp.async, by all of its threads.
+#pragma once
+
+#include "hopper_units.cuh"
+
+namespace light {
+
+template <class Tile, class Operand>
+class HopperProducer {
+  using Args = typename Operand::Args;
+  static constexpr int kGatherRows = (Tile::kLimit + 15) / 16;  // of a thread
+
+ public:
+  static constexpr int kGatherArrivals = 128;  // of its threads, once their copies are there
+
+  __device__ __forceinline__ HopperProducer(const HopperLaunch<Args> &launch,
+                                            const HopperMemory<Tile, Args> &memory)
+      : launch_(launch),
+        args_(launch.args),
+        memory_(memory) {}
+
+  __device__ __forceinline__ void run() {
+    // The copy engine needs two threads, and their warps to look units up.
+    if (!gathers() && threadIdx.x >= 64) return;
+    const bool settled = args_.groups.offsets == nullptr || args_.groups_settled;
+    if (!settled) follow_previous_kernel();
+    UnitLookup<Tile> lookup(args_.groups, launch_.tokens, args_.num_features);
+    if (leads()) {
+      memory_.put_num_units(lookup.num_units());
+      arrive(memory_.counted());
+    }
+    HopperUnit unit = lookup.unit(0);
+    if (settled) {
+      if (lookup.num_units() > 0) copy_early_weights(unit);
+      follow_previous_kernel();
+    }
+    for (int index = 0; index < lookup.num_units(); ++index) {
+      if (index > 0) unit = lookup.unit(index);
+      copy_unit(index, unit);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ bool gathers() const { return args_.pair_row != nullptr; }
+  __device__ __forceinline__ bool leads() const { return threadIdx.x == 0; }
+  __device__ __forceinline__ int num_boxes(const HopperUnit &unit) const {
+    return (unit.num_tokens + row_box(launch_.tokens) - 1) / row_box(launch_.tokens);
+  }
+
+  // The first stages' weights, for rows that the kernel in front still writes.
+  __device__ __forceinline__ void copy_early_weights(const HopperUnit &unit) {
+    StageCursor cursor;
+    const int num_steps = (args_.depth + Tile::kDepth - 1) / Tile::kDepth;
+    early_ = min(num_steps, launch_.num_stages);
+    if (!leads()) return;
+    for (int step = 0; step < early_; ++step) {
+      if (step == 0) memory_.put_unit(0, unit);
+      copy_weights(unit, cursor.index, step * Tile::kDepth);
+      cursor.advance(launch_.num_stages);
+    }
+  }
+
+  __device__ __forceinline__ void copy_weights(const HopperUnit &unit, int stage, int depth) {
+    const unsigned barrier = memory_.full(stage);
+    const int row_bytes =
+        gathers() ? 0 : num_boxes(unit) * row_box(launch_.tokens) * kPanelRowBytes * Tile::kPanels;
+    arrive_expecting(barrier, launch_.stage.weights_bytes + row_bytes);
+    Operand::copy(launch_, barrier, memory_.stage(stage), unit, depth);
+  }
+
+  // Only threads without whom a stage is not full wait for its barrier: another one could come when
+  // the round that it waits for is over, and a parity does not tell that round from the next but
+  // one.
+  __device__ __forceinline__ void copy_unit(int index, const HopperUnit &unit) {
+    if (gathers()) find_rows(unit);
+    if (gathers() || threadIdx.x % 32 == 0) copy_stages(index, unit);
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void copy_stages(int index, const HopperUnit &unit) {
+    int step = 0;
+    for (int depth = 0; depth < args_.depth; depth += Tile::kDepth, ++step) {
+      const bool begun = index == 0 && step < early_;  // its weights were copied ahead
+      if (gathers() || !leads() || !begun) {
+        wait_barrier(memory_.empty(cursor_.index), cursor_.parity ^ 1);
+      }
+      if (leads() && !begun) {
+        if (step == 0) memory_.put_unit(index, unit);
+        copy_weights(unit, cursor_.index, depth);
+      }
+      if (!gathers() && threadIdx.x == 32) copy_rows(unit, depth);
+      if (gathers()) gather_rows(unit, depth);
+      cursor_.advance(launch_.num_stages);
+    }
+  }
+
+  // Rows first_pair, first_pair + 1 ...; those behind the unit's last one are never stored.
+  __device__ __forceinline__ void copy_rows(const HopperUnit &unit, int depth) const {
+    const unsigned barrier = memory_.full(cursor_.index);
+    unsigned target = memory_.stage(cursor_.index) + launch_.stage.tokens_offset;
+    for (int box = 0; box < num_boxes(unit); ++box) {
+#pragma unroll
+      for (int panel = 0; panel < Tile::kPanels; ++panel) {
+        copy_box(launch_.rows, barrier, target + panel * launch_.tokens * kPanelRowBytes,
+                 depth + panel * kPanelDepth, unit.first_pair + box * row_box(launch_.tokens));
+      }
+      target += row_box(launch_.tokens) * kPanelRowBytes;
+    }
+  }
+
+  // This thread gathers 16 bytes of rows thread / 8, thread / 8 + 16 ... of the tile.
+  __device__ __forceinline__ void find_rows(const HopperUnit &unit) {
+#pragma unroll
+    for (int i = 0; i < kGatherRows; ++i) {
+      const int token = threadIdx.x / 8 + i * 16;
+      row_[i] = token < unit.num_tokens ? args_.pair_row[unit.first_pair + token] : -1;
+    }
+  }
+
+  __device__ __forceinline__ void gather_rows(const HopperUnit &unit, int depth) const {
+    const int first = threadIdx.x / 8, chunk = threadIdx.x % 8;
+    const unsigned target = memory_.stage(cursor_.index) + launch_.stage.tokens_offset +
+                            panel_offset(first, chunk);
+#pragma unroll
+    for (int panel = 0; panel < Tile::kPanels; ++panel) {
+      const int column = depth + panel * kPanelDepth + chunk * kChunk;
+      const int bytes = column < args_.depth ? 16 : 0;
+      const char *source = static_cast<const char *>(args_.rows) + (bytes ? column * 2 : 0);
+#pragma unroll
+      for (int i = 0; i < kGatherRows; ++i) {
+        if (i * 16 >= unit.num_tokens) break;
+        if (row_[i] < 0) continue;
+        copy_async_16(target + (panel * launch_.tokens + i * 16) * kPanelRowBytes,
+                      source + static_cast<long long>(row_[i]) * args_.depth * 2, bytes);
+      }
+    }
+    arrive_when_copied(memory_.full(cursor_.index));
+  }
+
+  const HopperLaunch<Args> &launch_;
+  const Args &args_;
+  const HopperMemory<Tile, Args> &memory_;
+  StageCursor cursor_;
+  int early_ = 0;  // stages of the first unit whose weights were copied ahead
+  int row_[kGatherRows];
+};
+
+}  // namespace light

@@ -194,12 +194,13 @@ int combine(Address pairs, Address pair_index, Address weights, Address addend, 
 light_permute_args read_permute(Address rows, Address row_index, Address output, Address scales,
                                 int num_rows, int width) {
   return {pointer<const void>(rows), pointer<const int>(row_index), pointer<void>(output),
-          pointer<float>(scales), num_rows, width};
+          pointer<float>(scales), num_rows, width, nullptr};
 }
 
 int permute(Address rows, Address row_index, Address output, int num_rows, int width_bytes,
-            int max_ctas, Address stream) {
-  const light_permute_args args = read_permute(rows, row_index, output, 0, num_rows, width_bytes);
+            Address row_count, int max_ctas, Address stream) {
+  light_permute_args args = read_permute(rows, row_index, output, 0, num_rows, width_bytes);
+  args.row_count = pointer<const int>(row_count);
   const py::gil_scoped_release released;
   return light_permute(&args, max_ctas, pointer<void>(stream));
 }
@@ -272,7 +273,8 @@ PYBIND11_MODULE(_light_ops, module) {
              arg("addend"), arg("output"), arg("num_tokens"), arg("num_pairs_per_token"),
              arg("width"), arg("dtype"), arg("max_ctas"), arg("stream"));
   module.def("permute", &permute, py::kw_only(), arg("rows"), arg("row_index"), arg("output"),
-             arg("num_rows"), arg("width_bytes"), arg("max_ctas"), arg("stream"));
+             arg("num_rows"), arg("width_bytes"), arg("row_count") = 0, arg("max_ctas"),
+             arg("stream"));
   module.def("permute_fp8", &permute_fp8, py::kw_only(), arg("rows"), arg("row_index"),
              arg("output"), arg("scales"), arg("num_rows"), arg("width"), arg("group_size"),
              arg("dtype"), arg("max_ctas"), arg("stream"));

@@ -198,6 +198,7 @@ typedef struct light_permute_args {
   float *scales;         // [num_rows] written, [R] read; e4m3: also [num_rows, ceil(width / 128)]
   int num_rows;
   int width;             // elements, or bytes where they are copied: a multiple of 16 bytes
+  const int *row_count;  // of light_permute: rows there are, if fewer than num_rows; null: all
 } light_permute_args;
 
 // The library's own calls. `directory` holds a folder of compiled programs per architecture, as

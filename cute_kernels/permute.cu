@@ -20,7 +20,8 @@ __device__ void copy_rows(const light_permute_args &args) {
   wait_for_previous_kernel();
   const int num_vectors = args.width / 16, lane = threadIdx.x % 32;
   const int num_warps = gridDim.x * (blockDim.x / 32);
-  for (int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; row < args.num_rows;
+  const int num_rows = args.row_count ? min(*args.row_count, args.num_rows) : args.num_rows;
+  for (int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; row < num_rows;
        row += num_warps) {
     const uint4 *source =
         static_cast<const uint4 *>(args.rows) + (long long)source_row(args, row) * num_vectors;

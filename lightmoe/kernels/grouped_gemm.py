@@ -74,8 +74,10 @@ def grouped_gemm(
         tokens_per_tile=groups.tokens_per_tile,
     )
     if plan.permutes and row_index is not None:
-        rows, row_index = permute(rows, row_index, max_ctas=max_ctas), None
-        groups_settled = True
+        # The groups may have fewer pairs than there can be: those behind have no row.
+        pair_count = groups.offsets[-1:]
+        rows = permute(rows, row_index, row_count=pair_count, max_ctas=max_ctas)
+        row_index, groups_settled = None, True
     launch_product(
         group_fields(groups),
         plan,

@@ -26,11 +26,18 @@ MAX_WIDTH_OF_A_SCALE = 16384
 _FIRST_WITH_FP8 = 89
 
 
-def permute(rows: Tensor, row_index: Tensor, *, max_ctas: int | None = None) -> Tensor:
+def permute(
+    rows: Tensor,
+    row_index: Tensor,
+    *,
+    row_count: Tensor | None = None,
+    max_ctas: int | None = None,
+) -> Tensor:
     """[R, D], int32 [N] -> [N, D], of any dtype whose rows are a multiple of 16 bytes.
 
-    `row_index` may be of another integer type at the cost of a copy. `max_ctas` bounds the thread
-    blocks. UsageError names the tensor that does not fit.
+    `row_index` may be of another integer type at the cost of a copy. With `row_count`, int32 [1] on
+    the GPU, only so many rows are there: the others have no index, and are left. `max_ctas` bounds
+    the thread blocks. UsageError names the tensor that does not fit.
     """
     row_index = _check("permute", rows, row_index, 16 // rows.element_size())
     packed = rows.new_empty(len(row_index), rows.shape[1])
@@ -43,6 +50,7 @@ def permute(rows: Tensor, row_index: Tensor, *, max_ctas: int | None = None) -> 
             output=address(packed),
             num_rows=len(row_index),
             width_bytes=rows.shape[1] * rows.element_size(),
+            row_count=address(row_count),
             max_ctas=max_ctas or 0,
         )
     return packed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -15,10 +14,10 @@ from torch import Tensor
 from lightmoe.errors import MachineError
 from lightmoe.kernels import library
 from lightmoe.kernels.library import Library, address
+from lightmoe.kernels.tiles import candidates
 
 pytestmark = pytest.mark.gpu
 NUM_PAIRS, DEPTH, NUM_FEATURES = 200, 256, 128
-TILE = re.compile(r"grouped_gemm_f16_w(\d+)_t(\d+)_d(\d+)_s(\d+)_(\d+)x(\d+)_plain")
 
 
 class Product:
@@ -27,9 +26,13 @@ class Product:
     def __init__(self, opened: Library) -> None:
         self.library = opened
         self.device = torch.device("cuda", torch.cuda.current_device())
-        names = opened.manifest.kernels[opened.architecture_of(self.device)]
-        name = min(name for name in names if TILE.fullmatch(name))
-        self.tile = (*map(int, TILE.fullmatch(name).groups()), 0)
+        architecture = opened.architecture_of(self.device)
+        names = opened.manifest.kernels[architecture]
+        self.tile = next(
+            tile.fields
+            for tile in candidates(int(architecture.removesuffix("ptx")), 16)
+            if f"grouped_gemm_f16_{tile.name}_plain" in names
+        )
         generator = torch.Generator("cuda").manual_seed(3)
         self.rows = torch.randn(
             NUM_PAIRS, DEPTH, device="cuda", dtype=torch.float16, generator=generator

@@ -145,3 +145,15 @@ def test_kernels_of_turing_make_no_e4m3() -> None:
         pytest.raises(MachineError, match="sm_75ptx cannot convert to e4m3"),
     ):
         permute_fp8(rows_of(4, 128, "float16"))
+
+
+def test_rows_behind_the_count_have_no_index_and_are_left() -> None:
+    rows = torch.randn(7, 64, device="cuda", dtype=torch.float16)
+    index = torch.full((40,), 1 << 30, dtype=torch.int32, device="cuda")
+    index[:5] = torch.tensor([6, 0, 3, 3, 1])
+    count = torch.tensor([5], dtype=torch.int32, device="cuda")
+
+    packed = permute(rows, index, row_count=count)
+
+    torch.cuda.synchronize()  # an index that was followed would fault
+    assert torch.equal(packed[:5], rows[index[:5].long()])

@@ -146,6 +146,7 @@ class HopperConsumer {
   __device__ __forceinline__ void multiply_registers() {
     constexpr int kPanels = Tile::kPanels / Tile::kDepthParts;
     constexpr int kBuffers = Tile::kCtasPerSm * Tile::kWarpgroups > 2 && Tile::kLimit > 32 ? 1 : kPanels;
+    static_assert(kBuffers <= 2, "a stage is released when the panel behind it has begun");
     unsigned a[kBuffers][4][Tile::kBlocks][4];
     int previous = 0;
 #pragma unroll 1

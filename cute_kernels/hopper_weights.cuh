@@ -49,6 +49,9 @@ class PackedOperand {
   static constexpr unsigned kSymmetricZero =  // 8 and 128 in the element's type
       Element::kIsHalf ? (kBits == 4 ? 0x4800 : 0x5800) : (kBits == 4 ? 0x4100 : 0x4300);
 
+  // fragment() reads the scales of a group of 128 with the first panel alone.
+  static_assert(Tile::kPanels / Tile::kDepthParts <= 2, "a stage's panels are of one group of 128");
+
  public:
   using Args = light_quant_gemm_args;
   static constexpr bool kInRegisters = true;

@@ -115,23 +115,22 @@ __device__ __forceinline__ unsigned long long panel_descriptor(unsigned address)
   return (address & 0x3ffff) / 16 | 1ull << 16 | kEightRows << 32 | kSwizzle128 << 62;
 }
 
+namespace gmma = cute::SM90::GMMA;
+constexpr gmma::Major kDepthMajor = gmma::Major::K;
+
 template <class Element, int Tokens>
-struct WarpgroupMma;  // of CuTe: sums [64 weights, Tokens] += weights [64, 16] x tokens [16, Tokens]
+struct WarpgroupMma;  // sums [64 weights, Tokens] += weights [64, 16] x tokens [16, Tokens]
 
 #define LIGHT_WARPGROUP_MMA(tokens)                                                               \
   template <>                                                                                     \
   struct WarpgroupMma<Float16, tokens> {                                                          \
-    using Shared = cute::SM90::GMMA::MMA_64x##tokens##x16_F32F16F16_SS<                           \
-        cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>;                                              \
-    using Registers = cute::SM90::GMMA::MMA_64x##tokens##x16_F32F16F16_RS<                        \
-        cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>;                                              \
+    using Shared = gmma::MMA_64x##tokens##x16_F32F16F16_SS<kDepthMajor, kDepthMajor>;             \
+    using Registers = gmma::MMA_64x##tokens##x16_F32F16F16_RS<kDepthMajor, kDepthMajor>;          \
   };                                                                                              \
   template <>                                                                                     \
   struct WarpgroupMma<BFloat16, tokens> {                                                         \
-    using Shared = cute::SM90::GMMA::MMA_64x##tokens##x16_F32BF16BF16_SS<                         \
-        cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>;                                              \
-    using Registers = cute::SM90::GMMA::MMA_64x##tokens##x16_F32BF16BF16_RS<                      \
-        cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>;                                              \
+    using Shared = gmma::MMA_64x##tokens##x16_F32BF16BF16_SS<kDepthMajor, kDepthMajor>;           \
+    using Registers = gmma::MMA_64x##tokens##x16_F32BF16BF16_RS<kDepthMajor, kDepthMajor>;        \
   };
 LIGHT_WARPGROUP_MMA(8)
 LIGHT_WARPGROUP_MMA(16)
@@ -150,20 +149,16 @@ LIGHT_WARPGROUP_MMA(176)
 
 template <class Element, int Tokens, int Sums, int... I>
 __device__ __forceinline__ void mma_shared(unsigned long long weights, unsigned long long tokens,
-                                           float (&sums)[Sums], bool adds,
-                                           cute::int_sequence<I...>) {
-  WarpgroupMma<Element, Tokens>::Shared::fma(
-      weights, tokens, sums[I]...,
-      adds ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
+                                           float (&sums)[Sums], cute::int_sequence<I...>) {
+  WarpgroupMma<Element, Tokens>::Shared::fma(weights, tokens, sums[I]...);
 }
 
 template <class Element, int Tokens, int Sums, int... I>
 __device__ __forceinline__ void mma_registers(const unsigned (&weights)[4],
                                               unsigned long long tokens, float (&sums)[Sums],
-                                              bool adds, cute::int_sequence<I...>) {
-  WarpgroupMma<Element, Tokens>::Registers::fma(
-      weights[0], weights[1], weights[2], weights[3], tokens, sums[I]...,
-      adds ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
+                                              cute::int_sequence<I...>) {
+  WarpgroupMma<Element, Tokens>::Registers::fma(weights[0], weights[1], weights[2], weights[3],
+                                                tokens, sums[I]...);
 }
 
 // Two 8 x 8 matrices of 16-bit elements from registers to shared memory, transposed.

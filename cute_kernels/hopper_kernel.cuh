@@ -126,8 +126,7 @@ class HopperConsumer {
 #pragma unroll
         for (int block = 0; block < Tile::kBlocks; ++block) {
           mma_shared<Element, Width>(Operand::descriptor(stage, row_group_, block, step), tokens,
-                                     sums_[block], true,
-                                     cute::make_int_sequence<Width / 2>{});
+                                     sums_[block], cute::make_int_sequence<Width / 2>{});
         }
       }
       cute::warpgroup_commit_batch();
@@ -145,7 +144,8 @@ class HopperConsumer {
   template <int Width>
   __device__ __forceinline__ void multiply_registers() {
     constexpr int kPanels = Tile::kPanels / Tile::kDepthParts;
-    constexpr int kBuffers = Tile::kCtasPerSm * Tile::kWarpgroups > 2 && Tile::kLimit > 32 ? 1 : kPanels;
+    constexpr bool kFewRegisters = Tile::kCtasPerSm * Tile::kWarpgroups > 2 && Tile::kLimit > 16;
+    constexpr int kBuffers = kFewRegisters ? 1 : kPanels;
     static_assert(kBuffers <= 2, "a stage is released when the panel behind it has begun");
     unsigned a[kBuffers][4][Tile::kBlocks][4];
     int previous = 0;
@@ -170,8 +170,7 @@ class HopperConsumer {
 #pragma unroll
           for (int block = 0; block < Tile::kBlocks; ++block) {
             mma_registers<Element, Width>(a[i % kBuffers][step][block],
-                                          tokens_at(stage, panel * 4 + step),
-                                          sums_[block], true,
+                                          tokens_at(stage, panel * 4 + step), sums_[block],
                                           cute::make_int_sequence<Width / 2>{});
           }
         }
@@ -191,9 +190,9 @@ class HopperConsumer {
   // pass through the last stage, behind its last reader.
   __device__ __forceinline__ bool add_parts(unsigned stage) {
     constexpr int kThreads = 128 * Tile::kDepthParts, kSums = Tile::kLimit / 2;
-    static_assert(Tile::kDepthParts == 1 || (Tile::kBlocks == 1 && kSums % 4 == 0 &&
-                                             (Tile::kDepthParts - 1) * kSums * 128 * 4 <=
-                                                 Tile::kWeightBytes + Tile::kLimit * Tile::kDepth * 2),
+    constexpr int kStageBytes = Tile::kWeightBytes + Tile::kLimit * Tile::kDepth * 2;
+    constexpr int kOtherBytes = (Tile::kDepthParts - 1) * kSums * 128 * 4;
+    static_assert(Tile::kDepthParts == 1 || (Tile::kBlocks == 1 && kOtherBytes <= kStageBytes),
                   "the sums of all parts but one fit into a stage");
     const unsigned mine = stage + threadIdx.x % 128 * 16;
     sync_threads<8, kThreads>();
@@ -257,8 +256,9 @@ class HopperConsumer {
 template <class Tile>
 struct RoleRegisters {
   static constexpr int kEach = 65536 / Tile::kCtasPerSm / Tile::kThreads / 8 * 8;
-  static constexpr int kProducer =
-      Tile::kCtasPerSm > 1 || Tile::kWarpgroups > 2 ? 48 : Tile::kBlocks * Tile::kLimit > 256 ? 72 : 88;
+  static constexpr bool kManyThreads = Tile::kCtasPerSm > 1 || Tile::kWarpgroups > 2;
+  static constexpr bool kManySums = Tile::kBlocks * Tile::kLimit > 256;
+  static constexpr int kProducer = kManyThreads ? 48 : kManySums ? 72 : 88;
   static constexpr int kConsumer =
       (kEach * (1 + Tile::kWarpgroups) - kProducer) / Tile::kWarpgroups / 8 * 8;
 };

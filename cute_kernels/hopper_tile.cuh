@@ -7,8 +7,8 @@
 
 namespace light {
 
-// `RowGroups` warpgroups share a tile's rows, or `DepthParts` of them its depth: these add their sums
-// in order.
+// `RowGroups` warpgroups share a tile's rows, or `DepthParts` of them its depth: these add their
+// sums in order.
 template <class ElementType, int WeightRows, int Limit, int Depth, int RowGroups, int DepthParts,
           int CtasPerSm, int NumBits, bool Swiglu>
 struct HopperTile {

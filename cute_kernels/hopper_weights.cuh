@@ -13,6 +13,7 @@ template <class Tile>
 class PlainOperand {
  public:
   using Args = light_grouped_gemm_args;
+  static_assert(Tile::kPanels == 1 || Tile::kRowGroups == 1, "a row group's rows lie together");
   static constexpr bool kInRegisters = false;
 
   static __device__ __forceinline__ void copy(const HopperLaunch<Args> &launch, unsigned barrier,

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from lightmoe.doctor import Finding, diagnose, exit_code, judge, look_at_kernels, render
+from lightmoe.kernels.library import ABI
 from lightmoe.machine import Driver, Gpu, Machine, Torch
 
 GIB = 1 << 30
@@ -136,7 +137,7 @@ def test_every_card_is_named_and_old_ones_are_refused() -> None:
     assert "--device cpu" in finding("GPU 1", machine).remedy
 
 
-def write_manifest(folder: Path, *architectures: str, abi: int = 1) -> None:
+def write_manifest(folder: Path, *architectures: str, abi: int = ABI) -> None:
     content = {"abi": abi, "architectures": {name: [] for name in architectures}}
     (folder / "manifest.json").write_text(json.dumps(content))
 

@@ -31,7 +31,10 @@ KERNELS = {
         "D, F multiples of 8, any count per slot",
     ),
     "combine": ("the weighted sum of a token's pairs in a fixed order", "D a multiple of 8"),
-    "permute": ("rows packed per destination, int8 per token where asked", "16 bytes a row"),
+    "permute": (
+        "rows packed per destination, as int8 or e4m3 with scales where asked",
+        "16 bytes a row",
+    ),
 }
 
 

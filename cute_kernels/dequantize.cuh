@@ -157,4 +157,36 @@ class Dequantizer<BFloat16, 8> {
 };
 #endif
 
+// The zero point of symmetric codes, 8 or 128, in the element's bits.
+template <class Element, int NumBits>
+constexpr unsigned kSymmetricZero =
+    Element::kIsHalf ? (NumBits == 4 ? 0x4800 : 0x5800) : (NumBits == 4 ? 0x4100 : 0x4300);
+
+// The fragment of 16 rows at a step of 16 in a block's 64 of depth: of row g = lane / 4 (`upper`)
+// in a0 and a2, of row g + 8 in a1 and a3. The lane's 16 bytes hold four steps of 4 bits or two of
+// 8.
+template <class Element, int NumBits>
+__device__ __forceinline__ void dequantize_fragment(const uint4 &packed, int step,
+                                                    const Dequantizer<Element, NumBits> &upper,
+                                                    const Dequantizer<Element, NumBits> &lower,
+                                                    unsigned (&a)[4]) {
+  if constexpr (NumBits == 4) {
+    const unsigned codes = step == 0   ? packed.x
+                           : step == 1 ? packed.y
+                           : step == 2 ? packed.z
+                                       : packed.w;
+    a[0] = upper.template weights<0>(codes);
+    a[1] = lower.template weights<1>(codes);
+    a[2] = upper.template weights<2>(codes);
+    a[3] = lower.template weights<3>(codes);
+  } else {
+    const unsigned first = step % 2 ? packed.z : packed.x;
+    const unsigned second = step % 2 ? packed.w : packed.y;
+    a[0] = upper.weights(first, 0);
+    a[1] = lower.weights(first, 1);
+    a[2] = upper.weights(second, 0);
+    a[3] = lower.weights(second, 1);
+  }
+}
+
 }  // namespace light

@@ -47,8 +47,6 @@ class PackedOperand {
   using Element = typename Tile::Element;
   static constexpr int kBits = Tile::kNumBits;
   static constexpr int kBlockBytes = kBlockRows * kBlockDepth * kBits / 8;
-  static constexpr unsigned kSymmetricZero =  // 8 and 128 in the element's type
-      Element::kIsHalf ? (kBits == 4 ? 0x4800 : 0x5800) : (kBits == 4 ? 0x4100 : 0x4300);
 
   // fragment() reads the scales of a group of 128 with the first panel alone.
   static_assert(Tile::kPanels / Tile::kDepthParts <= 2, "a stage's panels are of one group of 128");
@@ -78,8 +76,8 @@ class PackedOperand {
         first_block_(row_group * Tile::kBlocks * 4 + threadIdx.x / 32 % 4) {
 #pragma unroll
     for (int i = 0; i < Tile::kBlocks; ++i) {
-      upper_[i].set_zero(kSymmetricZero);
-      lower_[i].set_zero(kSymmetricZero);
+      upper_[i].set_zero(kSymmetricZero<Element, kBits>);
+      lower_[i].set_zero(kSymmetricZero<Element, kBits>);
     }
   }
 
@@ -98,24 +96,7 @@ class PackedOperand {
     if (step == 0 ? new_panel_group : step * 16 == kSmallestGroup && half_panel_groups) {
       load_scales(stage, row_block, (panel * kPanelDepth + step * 16) >> group_shift_, block);
     }
-    const uint4 &packed = packed_[block];
-    if constexpr (kBits == 4) {
-      const unsigned codes = step == 0   ? packed.x
-                             : step == 1 ? packed.y
-                             : step == 2 ? packed.z
-                                         : packed.w;
-      a[0] = upper_[block].template weights<0>(codes);
-      a[1] = lower_[block].template weights<1>(codes);
-      a[2] = upper_[block].template weights<2>(codes);
-      a[3] = lower_[block].template weights<3>(codes);
-    } else {
-      const unsigned first = step % 2 ? packed.z : packed.x;
-      const unsigned second = step % 2 ? packed.w : packed.y;
-      a[0] = upper_[block].weights(first, 0);
-      a[1] = lower_[block].weights(first, 1);
-      a[2] = upper_[block].weights(second, 0);
-      a[3] = lower_[block].weights(second, 1);
-    }
+    dequantize_fragment(packed_[block], step, upper_[block], lower_[block], a);
   }
 
  private:

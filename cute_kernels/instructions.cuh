@@ -6,6 +6,7 @@
 #include <cute/arch/mma_sm80.hpp>
 
 #include "mma_sm75_half.h"
+#include "shared_barriers.cuh"
 
 namespace light {
 
@@ -77,10 +78,6 @@ __device__ __forceinline__ float2 unpack_half(unsigned packed) {
       : "=f"(values.x), "=f"(values.y)
       : "r"(packed));
   return values;
-}
-
-__device__ __forceinline__ unsigned shared_address(const void *pointer) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
 __device__ __forceinline__ void load_matrices(unsigned address, unsigned &r0, unsigned &r1,

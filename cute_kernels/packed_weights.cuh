@@ -21,8 +21,6 @@ class PackedWeights {
   static_assert(kBlocks * kBlockLanes % Tile::kThreads == 0, "a step stores whole blocks");
   static_assert(2 * kScaleThreads <= Tile::kThreads, "scales, and as many zeros, in one step");
   static_assert(kScaleThreads * 16 == Tile::kStageBytes.scales, "the stage has room for them");
-  static constexpr unsigned kSymmetricZero =  // 8 and 128 in the element's type
-      Element::kIsHalf ? (kBits == 4 ? 0x4800 : 0x5800) : (kBits == 4 ? 0x4100 : 0x4300);
 
  public:
   static constexpr int kCopies = kCodeCopies + 1;  // of 16 bytes a thread and stage
@@ -44,8 +42,8 @@ class PackedWeights {
                      scale_group_ < stage_groups_;
 #pragma unroll
     for (int i = 0; i < Tile::kWeightAtoms; ++i) {
-      upper_[i].set_zero(kSymmetricZero);
-      lower_[i].set_zero(kSymmetricZero);
+      upper_[i].set_zero(kSymmetricZero<Element, kBits>);
+      lower_[i].set_zero(kSymmetricZero<Element, kBits>);
     }
   }
 
@@ -107,24 +105,7 @@ class PackedWeights {
     }
     if (step == 0) load_scales(stage, 0, atom);
     if (step * 16 == kSmallestGroup && stage_groups_ == 2) load_scales(stage, 1, atom);
-    const uint4 &packed = packed_[atom];
-    if constexpr (kBits == 4) {
-      const unsigned codes = step == 0   ? packed.x
-                             : step == 1 ? packed.y
-                             : step == 2 ? packed.z
-                                         : packed.w;
-      a[0] = upper_[atom].template weights<0>(codes);
-      a[1] = lower_[atom].template weights<1>(codes);
-      a[2] = upper_[atom].template weights<2>(codes);
-      a[3] = lower_[atom].template weights<3>(codes);
-    } else {
-      const unsigned first = step % 2 ? packed.z : packed.x;
-      const unsigned second = step % 2 ? packed.w : packed.y;
-      a[0] = upper_[atom].weights(first, 0);
-      a[1] = lower_[atom].weights(first, 1);
-      a[2] = upper_[atom].weights(second, 0);
-      a[3] = lower_[atom].weights(second, 1);
-    }
+    dequantize_fragment(packed_[atom], step, upper_[atom], lower_[atom], a);
   }
 
  private:

@@ -2,6 +2,7 @@
 // themselves as they arrive. Elsewhere every CTA is a cluster of its own.
 #pragma once
 
+#include "shared_barriers.cuh"
 #include "topk_gate_lanes.cuh"
 
 namespace light::gate {
@@ -22,10 +23,6 @@ __device__ inline void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
-__device__ inline unsigned shared_address(const void *pointer) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
-}
-
 // The address of the same place in the shared memory of another CTA.
 __device__ inline unsigned address_in(int rank, const void *pointer) {
   unsigned address;
@@ -38,11 +35,9 @@ __device__ inline unsigned address_in(int rank, const void *pointer) {
 // `arrivals` is complete when so many bytes were stored through it.
 __device__ inline void expect_bytes(unsigned long long *arrivals, int num_bytes) {
   const unsigned address = shared_address(arrivals);
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address) : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address),
-               "r"(num_bytes)
-               : "memory");
+  init_barrier(address, 1);
+  publish_barriers();
+  arrive_expecting(address, num_bytes);
 }
 
 __device__ inline void store_counted_in(int rank, uint2 *pointer, uint2 value,
@@ -55,14 +50,7 @@ __device__ inline void store_counted_in(int rank, uint2 *pointer, uint2 value,
 }
 
 __device__ inline void wait_for_bytes(unsigned long long *arrivals) {
-  asm volatile(
-      "{\n"
-      ".reg .pred complete;\n"
-      "retry:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 complete, [%0], 0;\n"
-      "@!complete bra retry;\n"
-      "}\n" ::"r"(shared_address(arrivals))
-      : "memory");
+  wait_barrier(shared_address(arrivals), 0);
 }
 
 #else

@@ -31,4 +31,3 @@ def choose_kernels(dtype: str, compute_capability: tuple[int, int]) -> str:
             f" build them: {REMEDY} ARCHS={major}{minor}, {otherwise}"
         )
     return f"liblight_ops sm_{architecture} ({dtype})"
-

@@ -104,7 +104,7 @@ def _plan(
         raise UsageError(str(error)) from None
     depth_splits = choose_depth_splits(product, tile)
     if depth_splits == 1:
-        return Plan(tile, tile.fields, permutes=num_bits == 16 and permutes_rows(product, tile))
+        return Plan(tile, tile.fields, permutes=permutes_rows(product, tile))
     needs = library().split_needs(
         tile.fields, num_pairs, num_groups, product.weight_rows, depth_splits
     )

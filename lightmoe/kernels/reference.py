@@ -10,6 +10,7 @@ S slots.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Literal, Protocol
@@ -287,8 +288,7 @@ def grouped_gemm(
     `pair_weight` fp32 [P] multiplies a pair's result.
     """
     product = rows.new_empty(groups.num_pairs, weights.shape[1])
-    borders = pairwise(groups.offsets.tolist())
-    for slot, (begin, end) in zip(groups.slots.tolist(), borders, strict=True):
+    for slot, begin, end in _pairs_of_slots(groups):
         source = rows[begin:end] if row_index is None else permute(rows, row_index[begin:end])
         product[begin:end] = _product(source, weights[slot])
     if swiglu:
@@ -298,7 +298,30 @@ def grouped_gemm(
     return product
 
 
-class QuantizedMatrix(Protocol):
+def _pairs_of_slots(groups: PairGroups) -> Iterator[tuple[int, int, int]]:
+    """Each group's slot, its first pair, and the one behind its last."""
+    borders = pairwise(groups.offsets.tolist())
+    for slot, (begin, end) in zip(groups.slots.tolist(), borders, strict=True):
+        yield slot, begin, end
+
+
+class _SlotMatrices(Protocol):
+    """The sizes of the matrices of S slots, in whatever numbers."""
+
+    @property
+    def num_features(self) -> int:
+        """Columns of the product: N, or F with swiglu."""
+
+    @property
+    def depth(self) -> int:
+        """D, the summed dimension."""
+
+    @property
+    def swiglu(self) -> bool:
+        """Whether the rows are F gate rows and F up rows."""
+
+
+class QuantizedMatrix(_SlotMatrices, Protocol):
     """What quant_gemm needs of the packed matrices of S slots (quant.fragments.PackedMatrix)."""
 
     @property
@@ -320,18 +343,6 @@ class QuantizedMatrix(Protocol):
     @property
     def group_size(self) -> int:
         """Elements of depth that share a scale: 32, 64 or 128."""
-
-    @property
-    def num_features(self) -> int:
-        """Columns of the product: N, or F with swiglu."""
-
-    @property
-    def depth(self) -> int:
-        """D, the summed dimension."""
-
-    @property
-    def swiglu(self) -> bool:
-        """Whether the rows are F gate rows and F up rows."""
 
     def dense(self, slot: int) -> Tensor:
         """One slot's matrix [N, D] in the dtype of scales, gate rows before up rows."""
@@ -358,7 +369,7 @@ def quant_gemm(
     )
 
 
-class Fp8Weights(Protocol):
+class Fp8Weights(_SlotMatrices, Protocol):
     """What fp8_gemm needs of the matrices of S slots in e4m3 (quant.fp8.Fp8Matrix)."""
 
     @property
@@ -368,18 +379,6 @@ class Fp8Weights(Protocol):
     @property
     def scales(self) -> Tensor:
         """fp32 [S, blocks of 128 rows, ceil(D / 128)], gate and up blocked apart; or [S, N]."""
-
-    @property
-    def num_features(self) -> int:
-        """Columns of the product: N, or F with swiglu."""
-
-    @property
-    def depth(self) -> int:
-        """D, the summed dimension."""
-
-    @property
-    def swiglu(self) -> bool:
-        """Whether the rows are F gate rows and F up rows."""
 
     @property
     def scaling(self) -> Literal["block", "channel"]:
@@ -408,8 +407,7 @@ def fp8_gemm(
     """
     product = rows.new_empty(groups.num_pairs, experts.codes.shape[1], dtype=torch.float32)
     numbers = rows.double()  # of which a product has 8 bits, and a sum of 128 less than 53
-    borders = pairwise(groups.offsets.tolist())
-    for slot, (begin, end) in zip(groups.slots.tolist(), borders, strict=True):
+    for slot, begin, end in _pairs_of_slots(groups):
         source, scales = (
             part[begin:end] if row_index is None else permute(part, row_index[begin:end])
             for part in (numbers, row_scales)

@@ -103,11 +103,9 @@ class Product:
     @property
     def occupied_groups(self) -> float:
         """Groups that have pairs, as expected where each pair chooses among all alike."""
-        return (
-            self.num_groups * -math.expm1(self.num_pairs * math.log1p(-1 / self.num_groups))
-            if (self.num_groups > 1)
-            else 1.0
-        )
+        if self.num_groups == 1:
+            return 1.0
+        return self.num_groups * -math.expm1(self.num_pairs * math.log1p(-1 / self.num_groups))
 
     @property
     def pairs_per_group(self) -> float:
@@ -371,7 +369,8 @@ def permutes_rows(product: Product, tile: Tile) -> bool:
     a byte, the gather about 0.8 fs for each product of the depth and the features.
     """
     busy = product.pairs_per_group >= PAIRS_TO_COMPUTE
-    return bool(tile.limit) and busy and product.num_features >= FEATURES_TO_PERMUTE
+    wide = product.num_bits == 16 and product.num_features >= FEATURES_TO_PERMUTE
+    return bool(tile.limit) and busy and wide
 
 
 def choose_depth_splits(product: Product, tile: Tile) -> int:

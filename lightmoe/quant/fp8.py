@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lightmoe.errors import CheckpointError, UsageError
-from lightmoe.quant.packing import aligned
+from lightmoe.quant.packing import aligned, fitting
 
 BLOCK = 128
 LARGEST = 448.0
@@ -153,13 +153,7 @@ class Fp8ExpertLayout:
 
         Raises UsageError where a matrix is not of this layout.
         """
-        for name, source, target in zip(
-            ("gate_up", "down"), (gate_up, down), self.views(blob.unsqueeze(0)), strict=True
-        ):
-            if _format(source) != _format(target):
-                raise UsageError(
-                    f"{name} is {_format(source)}; the slots of this layout hold {_format(target)}"
-                )
+        for source, target in fitting((gate_up, down), self.views(blob.unsqueeze(0)), _format):
             target.codes.copy_(source.codes)
             target.scales.copy_(source.scales)
 

@@ -10,7 +10,9 @@ on a cache line of the GPU. An expert in e4m3: lightmoe/quant/fp8.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from lightmoe.quant.fragments import PackedMatrix, PackedShape, pack_weight
 from lightmoe.quant.quantize import check_format, quantize_groups
 
 _PART_ALIGNMENT_BYTES = 128
+_Matrix = TypeVar("_Matrix")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +99,7 @@ class QuantizedExpertLayout:
 
         Raises UsageError where a matrix is not of this layout.
         """
-        for name, source, target in zip(
-            ("gate_up", "down"), (gate_up, down), self.views(blob.unsqueeze(0)), strict=True
-        ):
-            if _format(source) != _format(target):
-                raise UsageError(
-                    f"{name} is {_format(source)}; the slots of this layout hold {_format(target)}"
-                )
+        for source, target in fitting((gate_up, down), self.views(blob.unsqueeze(0)), _format):
             target.packed.copy_(source.packed)
             target.scales.copy_(source.scales)
             if target.zeros is not None and source.zeros is not None:
@@ -143,6 +140,19 @@ class QuantizedExpertLayout:
 def aligned(num_bytes: int) -> int:
     """Bytes from where a part of so many begins to where the next one does."""
     return num_bytes + -num_bytes % _PART_ALIGNMENT_BYTES
+
+
+def fitting(
+    sources: tuple[_Matrix, _Matrix],
+    targets: tuple[_Matrix, _Matrix],
+    describe: Callable[[_Matrix], str],
+) -> Iterator[tuple[_Matrix, _Matrix]]:
+    """Gate_up and down beside their places in a blob; UsageError where one's format is another."""
+    for name, source, target in zip(("gate_up", "down"), sources, targets, strict=True):
+        found, wanted = describe(source), describe(target)
+        if found != wanted:
+            raise UsageError(f"{name} is {found}; the slots of this layout hold {wanted}")
+        yield source, target
 
 
 def _format(matrix: PackedMatrix) -> str:

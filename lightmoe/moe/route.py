@@ -1,131 +1,79 @@
 """Which copy of its expert each (token, expert) pair goes to in this step.
 
-Every rank computes the same route from the same counts, so nothing about it travels. The loads a
-route can reach form a polymatroid: the split with the least sum of squares also has the least
-maximum (Federgruen and Groenevelt 1986), and sweeps of exact per-expert water-filling reach it:
-take one replicated expert out, pour its tokens level over its copies, next.
+Every rank computes the same route from the same counts, so nothing about it travels. What the
+routes are, says kernels/route_reference.py; here is what CPU ranks call, and the choice between the
+two objectives.
 
 Shapes: T tokens of all ranks, E experts, K experts per token, W ranks, C copies of one expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import logging
+from dataclasses import dataclass
 
 import numpy as np
 
-Copies = Sequence[Sequence[int]]
-"""copies[expert]: the ranks that hold it, home first."""
+from lightmoe.kernels import host_route
+from lightmoe.kernels.route_reference import (
+    NUM_SWEEPS,
+    ROUTES,
+    Copies,
+    Shares,
+    assign,
+    pour,
+    route_even,
+    route_fewest,
+    route_home,
+    route_waterfill,
+    share_tokens,
+)
 
-Shares = list[list[int]]
-"""shares[expert][copy]: tokens of that expert that this copy gets."""
+__all__ = [
+    "NUM_SWEEPS",
+    "ROUTES",
+    "Copies",
+    "Objective",
+    "Shares",
+    "assign",
+    "choose_objective",
+    "pair_ranks",
+    "pour",
+    "route_even",
+    "route_fewest",
+    "route_home",
+    "route_waterfill",
+    "split_over_copies",
+]
 
-NUM_SWEEPS = 4
-"""Within 0.5 % of the optimum in the mean; `sweeps=64` converged on everything tried."""
-
-
-def route_home(expert_tokens: Sequence[int], copies: Copies, num_ranks: int) -> Shares:
-    """All tokens to the home copy (`--route none`)."""
-    return [
-        [tokens] + [0] * (len(ranks) - 1)
-        for tokens, ranks in zip(expert_tokens, copies, strict=True)
-    ]
-
-
-def route_even(expert_tokens: Sequence[int], copies: Copies, num_ranks: int) -> Shares:
-    """The same number of tokens to every copy, the remainder to the first ones (`--route even`)."""
-    shares = []
-    for tokens, ranks in zip(expert_tokens, copies, strict=True):
-        each, rest = divmod(tokens, len(ranks))
-        shares.append([each + (copy < rest) for copy in range(len(ranks))])
-    return shares
-
-
-def route_waterfill(
-    expert_tokens: Sequence[int], copies: Copies, num_ranks: int, sweeps: int = NUM_SWEEPS
-) -> Shares:
-    """The split with the least maximum over ranks (`--route waterfill`, the default)."""
-    shares = route_home(expert_tokens, copies, num_ranks)
-    rank_load = [0] * num_ranks
-    for tokens, ranks in zip(expert_tokens, copies, strict=True):
-        rank_load[ranks[0]] += tokens
-    # Large experts first: the small ones then fill what is left uneven.
-    replicated = sorted(
-        (expert for expert, ranks in enumerate(copies) if len(ranks) > 1 and expert_tokens[expert]),
-        key=lambda expert: (-expert_tokens[expert], expert),
-    )
-    for _ in range(sweeps):
-        changed = False
-        for expert in replicated:
-            share, ranks = shares[expert], copies[expert]
-            base = [rank_load[rank] - tokens for rank, tokens in zip(ranks, share, strict=True)]
-            level = pour(base, expert_tokens[expert])
-            if level != share:
-                changed = True
-                shares[expert] = level
-                for rank, ground, tokens in zip(ranks, base, level, strict=True):
-                    rank_load[rank] = ground + tokens
-        if not changed:
-            break
-    return shares
+logger = logging.getLogger("lightmoe.route")
 
 
-def pour(base: Sequence[int], tokens: int) -> list[int]:
-    """Fill `tokens` into vessels whose ground stands at `base`, level to one token.
-
-    Ties go to the earlier vessel: the home copy first.
-    """
-    order = sorted(range(len(base)), key=lambda copy: (base[copy], copy))
-    filled = 0
-    for count in range(1, len(order) + 1):
-        filled += base[order[count - 1]]
-        level, rest = divmod(tokens + filled, count)
-        if count == len(order) or level < base[order[count]]:
-            break
-    share = [0] * len(base)
-    for position, copy in enumerate(order[:count]):
-        share[copy] = level + (position < rest) - base[copy]
-    return share
+def split_over_copies(
+    counts: np.ndarray, copies: Copies, route: str, sweeps: int = NUM_SWEEPS
+) -> np.ndarray:
+    """How many of each source's tokens of each expert go to each copy: [W, E] -> [W, E, C]."""
+    path = host_route.library_path()
+    if path is None:
+        _say_that_it_is_slow()
+        return assign(counts, copies, share_tokens(counts, copies, route, sweeps))
+    return host_route.assign(counts, _copy_ranks(tuple(map(tuple, copies))), route, sweeps, path)
 
 
-ROUTES: dict[str, Callable[[Sequence[int], Copies, int], Shares]] = {
-    "waterfill": route_waterfill,
-    "even": route_even,
-    "none": route_home,
-}
+@functools.cache
+def _say_that_it_is_slow() -> None:
+    """Once for each process."""
+    logger.warning("no compiled route here: numpy computes it, slower; %s", host_route.REMEDY)
 
 
-def assign(counts: np.ndarray, copies: Copies, shares: Shares) -> np.ndarray:
-    """Which source ranks fill each share: [W, E] -> [W, E, C], summing to the counts over C.
-
-    A token stays on its own rank where a copy there has room; the others fill what is left, in
-    rank order.
-    """
-    num_ranks, num_experts = counts.shape
-    width = max(len(ranks) for ranks in copies)
-    assigned = np.zeros((num_ranks, num_experts, width), dtype=np.int64)
-    for expert, ranks in enumerate(copies):
-        if len(ranks) == 1:
-            assigned[:, expert, 0] = counts[:, expert]
-            continue
-        sources: list[int] = counts[:, expert].tolist()
-        room = list(shares[expert])
-        for copy, rank in enumerate(ranks):
-            here = min(sources[rank], room[copy])
-            assigned[rank, expert, copy] = here
-            sources[rank] -= here
-            room[copy] -= here
-        copy = 0
-        for source, tokens in enumerate(sources):
-            left = tokens
-            while left:
-                while not room[copy]:
-                    copy += 1
-                moved = min(left, room[copy])
-                assigned[source, expert, copy] += moved
-                room[copy] -= moved
-                left -= moved
-    return assigned
+@functools.lru_cache(maxsize=1024)
+def _copy_ranks(copies: tuple[tuple[int, ...], ...]) -> np.ndarray:
+    """int32 [E, C]: the ranks of each expert's copies, then -1."""
+    width = max(map(len, copies))
+    table = np.array([[*ranks, *[-1] * (width - len(ranks))] for ranks in copies], dtype=np.int32)
+    table.flags.writeable = False
+    return table
 
 
 def pair_ranks(
@@ -139,13 +87,12 @@ def pair_ranks(
     num_per_token = experts.shape[1]
     key = (token_ranks[:, None] * num_experts + experts).ravel()
     counts = np.bincount(key, minlength=num_ranks * num_experts).reshape(num_ranks, num_experts)
-    width = max(len(ranks) for ranks in copies)
-    copy_ranks: np.ndarray = np.array([[*ranks, *[-1] * (width - len(ranks))] for ranks in copies])
+    copy_ranks = _copy_ranks(tuple(map(tuple, copies))).astype(np.int64)
+    width = copy_ranks.shape[1]
     if width == 1 or not len(key):
         homes: np.ndarray = copy_ranks[experts, 0]
         return homes.reshape(-1, num_per_token)
-    shares = ROUTES[route](counts.sum(axis=0).tolist(), copies, num_ranks)
-    borders = assign(counts, copies, shares).reshape(-1, width).cumsum(axis=1)
+    borders = split_over_copies(counts, copies, route).reshape(-1, width).cumsum(axis=1)
     order = np.argsort(key, kind="stable")
     starts = np.concatenate(([0], counts.ravel().cumsum()))
     position = np.empty_like(key)
@@ -153,3 +100,37 @@ def pair_ranks(
     copy = (position[:, None] >= borders[key]).sum(axis=1)
     ranks: np.ndarray = copy_ranks[experts.ravel(), copy]
     return ranks.reshape(-1, num_per_token)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Which route a batch should take, "waterfill" or "fewest", and why, in one line."""
+
+    route: str
+    reason: str
+
+
+def choose_objective(
+    num_pairs: int,
+    num_active_experts: int,
+    *,
+    flops_per_second: float,
+    bytes_per_second: float,
+    bytes_per_weight: float = 2.0,
+) -> Objective:
+    """Level tokens where computing is the bound, active experts where reading weights is.
+
+    A weight that is read takes bytes_per_weight / bytes_per_second, its products with t tokens
+    2 t / flops_per_second (Williams et al. 2009): up to so many tokens an expert costs the same.
+    """
+    if not num_pairs:
+        return Objective("waterfill", "no tokens")
+    tokens = num_pairs / num_active_experts
+    border = bytes_per_weight * flops_per_second / (2 * bytes_per_second)
+    if tokens < border:
+        return Objective(
+            "fewest", f"{tokens:.1f} tokens an active expert of {border:.1f}: bound by memory"
+        )
+    return Objective(
+        "waterfill", f"{tokens:.1f} tokens an active expert of {border:.1f}: bound by computing"
+    )

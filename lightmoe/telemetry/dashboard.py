@@ -10,7 +10,7 @@ from collections import deque
 
 import numpy as np
 
-from lightmoe.core import EngineStats, LoadReport, ModelInfo
+from lightmoe.core import BalanceReport, EngineStats, LoadReport, ModelInfo
 
 RATE_WINDOW_SECONDS = 2.0
 SHORTEST_RATE_SECONDS = 0.05
@@ -32,6 +32,7 @@ class SnapshotFeed:
         self._expert_tokens: np.ndarray | None = None
         self._rank_pairs: np.ndarray | None = None
         self._epoch: int | None = None
+        self._num_events = 0
         self._sent_stats: tuple[object, ...] | None = None
         self._sent_rate = 0.0
         self._totals_at = 0.0
@@ -61,10 +62,26 @@ class SnapshotFeed:
             self._totals_at = stats.uptime_seconds
             result["expert_tokens_total"] = expert_tokens.tolist()
             result["rank_pairs_total"] = rank_pairs.tolist()
+        if load.balance is not None:
+            result["balance"] = self._balance(load.balance)
         if load.epoch != self._epoch:
             self._epoch = load.epoch
             result["placement"] = load.placement
         return result
+
+    def _balance(self, report: BalanceReport) -> Snapshot:
+        """Counters, and the events that this page has not seen: [epoch, text], oldest first."""
+        num_new = min(report.num_events - self._num_events, len(report.events))
+        self._num_events = report.num_events
+        return {
+            "error": report.error,
+            "num_migrations": report.num_migrations,
+            "num_moved_experts": report.num_moved_experts,
+            "moved_bytes": report.moved_bytes,
+            "events": [
+                [event.epoch, event.text] for event in report.events[len(report.events) - num_new :]
+            ],
+        }
 
     def _header(self, load: LoadReport, stats: EngineStats) -> Snapshot:
         num_layers, num_experts = load.expert_tokens.shape
@@ -75,6 +92,7 @@ class SnapshotFeed:
             "num_layers": int(num_layers),
             "num_experts": int(num_experts),
             "epoch": load.epoch,
+            "route": load.route,
             "tokens_per_second": round(self._sent_rate, 2),
             "num_running": stats.num_running,
             "num_waiting": stats.num_waiting,

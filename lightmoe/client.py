@@ -7,8 +7,8 @@ share; the classes differ in how they wait.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping, Sequence
+from contextlib import aclosing, closing, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, cast
@@ -31,6 +31,8 @@ Messages = Sequence[Mapping[str, Any]]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_SECONDS = 5.0
+IDLE_SECONDS = 2.0
+"""An idle connection is used that long: uvicorn closes it after 5 s, maybe under a new request."""
 
 _REQUEST_ERRORS = {
     error.code: error
@@ -79,6 +81,15 @@ class Client:
 
     def stream(self, prompt: Prompt | Messages, **sampling: Any) -> Iterator[str]:
         """Yields the first answer's text as it comes; a list of messages is answered as a chat."""
+        with closing(self.chunks(prompt, **sampling)) as chunks:
+            for chunk in chunks:
+                if text := _text_in(chunk):
+                    yield text
+
+    def chunks(
+        self, prompt: Prompt | Messages, **sampling: Any
+    ) -> Generator[dict[str, Any], None, None]:
+        """Yields the stream's chunks as the server words them: OpenAI's JSON with `choices`."""
         path, body = _stream_request(prompt, sampling)
         with (
             _transport_errors(self._url),
@@ -86,7 +97,11 @@ class Client:
         ):
             if response.is_error:
                 raise _error(response.status_code, response.read())
-            yield from _texts(response.iter_lines())
+            reader = _EventReader()
+            for line in response.iter_lines():
+                if (chunk := reader.read(line)) is not None:
+                    yield chunk
+            reader.finish()
 
     def expert_load(self) -> dict[str, Any]:
         """Expert load since the server's start: tokens [layers][experts], pairs [ranks][layers]."""
@@ -144,6 +159,15 @@ class AsyncClient:
 
     async def stream(self, prompt: Prompt | Messages, **sampling: Any) -> AsyncIterator[str]:
         """Yields the first answer's text as it comes; a list of messages is answered as a chat."""
+        async with aclosing(self.chunks(prompt, **sampling)) as chunks:
+            async for chunk in chunks:
+                if text := _text_in(chunk):
+                    yield text
+
+    async def chunks(
+        self, prompt: Prompt | Messages, **sampling: Any
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Yields the stream's chunks as the server words them: OpenAI's JSON with `choices`."""
         path, body = _stream_request(prompt, sampling)
         with _transport_errors(self._url):
             async with self._http.stream("POST", path, json=body) as response:
@@ -151,8 +175,8 @@ class AsyncClient:
                     raise _error(response.status_code, await response.aread())
                 reader = _EventReader()
                 async for line in response.aiter_lines():
-                    if text := reader.read(line):
-                        yield text
+                    if (chunk := reader.read(line)) is not None:
+                        yield chunk
                 reader.finish()
 
     async def expert_load(self) -> dict[str, Any]:
@@ -197,6 +221,12 @@ def _http_options(url: str, api_key: str | None, timeout: float) -> dict[str, An
         "base_url": url,
         "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
         "timeout": httpx.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
+        # How many answers run at once is the server's to limit.
+        "limits": httpx.Limits(
+            max_connections=None,
+            max_keepalive_connections=None,
+            keepalive_expiry=IDLE_SECONDS,
+        ),
         # A proxy from the environment would be asked for 127.0.0.1, too.
         "trust_env": False,
     }
@@ -264,19 +294,19 @@ class _EventReader:
     def __init__(self) -> None:
         self._is_done = False
 
-    def read(self, line: str) -> str:
-        """The text that a line adds, often ""."""
+    def read(self, line: str) -> dict[str, Any] | None:
+        """The chunk in a line; None where there is none."""
         name, _, value = line.partition(":")
         value = value.strip()
         if name != "data" or self._is_done:
-            return ""
+            return None
         if value == "[DONE]":
             self._is_done = True
-            return ""
-        content = json.loads(value)
+            return None
+        content: dict[str, Any] = json.loads(value)
         if "error" in content:
             raise _error_of(500, content["error"])
-        return "".join(_text_of(choice) for choice in content["choices"] if choice["index"] == 0)
+        return content
 
     def finish(self) -> None:
         """To be called when there are no more lines."""
@@ -284,12 +314,9 @@ class _EventReader:
             raise MachineError("the stream broke off before its end; is the server still running?")
 
 
-def _texts(lines: Iterator[str]) -> Iterator[str]:
-    reader = _EventReader()
-    for line in lines:
-        if text := reader.read(line):
-            yield text
-    reader.finish()
+def _text_in(chunk: Mapping[str, Any]) -> str:
+    """The first answer's text in a chunk, often ""."""
+    return "".join(_text_of(choice) for choice in chunk["choices"] if choice["index"] == 0)
 
 
 def _text_of(choice: Mapping[str, Any]) -> str:
@@ -308,4 +335,5 @@ def _transport_errors(url: str) -> Iterator[None]:
             f"nothing answers at {url} ({error}); is `lightmoe launch` running?"
         ) from error
     except (httpx.TransportError, httpx.InvalidURL) as error:
-        raise MachineError(f"the connection to {url} failed: {error}") from error
+        what = str(error) or type(error).__name__
+        raise MachineError(f"the connection to {url} failed: {what}") from error

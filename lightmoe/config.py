@@ -20,12 +20,14 @@ from lightmoe.errors import UsageError
 Device = Literal["auto", "cuda", "cpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 PlacementStyle = Literal["spare", "spread"]
-Transport = Literal["auto", "local", "gloo"]
+Transport = Literal["auto", "local", "gloo", "nccl", "copy_engine"]
+PeerMemory = Literal["auto", "device", "host"]
 Route = Literal["waterfill", "even", "none"]
 LoadFormat = Literal["auto", "dummy"]
 OnOff = Literal["on", "off"]
 
 MAX_RANKS = 1024
+MAX_SKEW = 10.0
 
 _INTEGER_BOUNDS: dict[str, tuple[int, int]] = {
     "gpus": (1, MAX_RANKS),
@@ -35,6 +37,9 @@ _INTEGER_BOUNDS: dict[str, tuple[int, int]] = {
     "max_num_batched_tokens": (1, 2**20),
     "seed": (0, 2**63 - 1),
     "port": (0, 65535),
+    "free_slots": (0, 2**10),
+    "rebalance_interval": (0, 2**31 - 1),
+    "migration_bytes_per_step": (2**10, 2**32),
 }
 _BYTE_UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
@@ -53,13 +58,23 @@ class LaunchConfig:
     | gpus | number of ranks: GPUs, or processes where the device is the CPU |
     | spares | ranks that hold replicas only; None: 2 from four ranks up, else 0 |
     | placement | "spare": homes and spares; "spread": all ranks alike |
+    | peer_memory | where copy_engine's ranks meet: on the cards, or in pinned memory of the host |
     | route | how tokens are split over the replicas of an expert |
     | deterministic | "on": a request's tokens depend on itself only, not on what runs beside it |
     | max_model_len | tokens of prompt and answer together; None: what the model says |
     | max_num_seqs, max_num_batched_tokens | per rank and step |
+    | oversubscribe | several ranks a GPU, for trying out what many GPUs do; means "cuda" |
+    | gpu_memory_utilization | the share of a GPU's free memory that its ranks use |
     | memory_limit | per rank, for weights and KV cache, such as "11GiB"; None: no limit of ours |
     | port | 0 takes any free one |
     | address | a running Ray cluster; None starts a local one that ends with the launch |
+    | free_slots | slots that a rank keeps empty for experts on their way; one rank alone has none |
+    | rebalance_interval | steps between two plans; 0: the placement stays as it is |
+    | migration_bytes_per_step | what a rank may send, and get, of experts beside one step |
+    | host_copy | "on": experts that move come from the node's host memory, not from other ranks |
+    | record_routing | a .npz file for what every token's gate chose; None: not recorded |
+    | routing_skew | for benchmarks: experts at random, "uniform" or "zipf:1.0", not the gate's |
+    | trace | a folder for a trace of a few early steps; None: none is recorded |
     """
 
     model: str
@@ -69,12 +84,15 @@ class LaunchConfig:
     spares: int | None = None
     placement: PlacementStyle = "spare"
     transport: Transport = "auto"
+    peer_memory: PeerMemory = "auto"
     route: Route = "waterfill"
     load_format: LoadFormat = "auto"
     deterministic: OnOff = "on"
     max_model_len: int | None = None
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 512
+    oversubscribe: bool = False
+    gpu_memory_utilization: float = 0.9
     memory_limit: str | None = None
     served_model_name: str | None = None
     seed: int = 0
@@ -82,6 +100,13 @@ class LaunchConfig:
     port: int = 8000
     api_key: str | None = field(default=None, repr=False)
     address: str | None = None
+    free_slots: int = 1
+    rebalance_interval: int = 256
+    migration_bytes_per_step: int = 4 << 20
+    host_copy: OnOff = "off"
+    record_routing: str | None = None
+    routing_skew: str | None = None
+    trace: str | None = None
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
@@ -94,6 +119,8 @@ class LaunchConfig:
             )
         if self.memory_limit is not None:
             parse_bytes(self.memory_limit, name="memory_limit")
+        if self.routing_skew is not None:
+            parse_skew(self.routing_skew)
 
     def _check_ranks(self) -> None:
         if self.placement == "spread" and self.spares is not None:
@@ -106,10 +133,19 @@ class LaunchConfig:
                 f"spares ({self.num_spares}) leaves no home rank of gpus ({self.gpus}); "
                 f"at least one home rank is needed: give at most {self.gpus - 1} spares"
             )
+        if self.gpus > 1 and self.rebalance_interval and not self.free_slots:
+            raise UsageError(
+                "free_slots (0) leaves no slot for an expert on its way; give at least 1, or"
+                " rebalance_interval 0"
+            )
         if self.transport == "local" and self.gpus > 1:
             raise UsageError(
                 f"transport local joins one rank only and gpus is {self.gpus}; take auto or gloo"
             )
+        if self.oversubscribe and self.device == "cpu":
+            raise UsageError("oversubscribe means several ranks a GPU; leave out device cpu")
+        if self.oversubscribe and self.address is not None:
+            raise UsageError("oversubscribe is for the GPUs of one machine; leave out address")
 
     @property
     def num_spares(self) -> int:
@@ -124,6 +160,16 @@ class LaunchConfig:
     def num_homes(self) -> int:
         """Ranks that hold the first slot of some expert."""
         return self.gpus - self.num_spares
+
+    @property
+    def num_free_slots(self) -> int:
+        """Slots that every rank keeps empty."""
+        return self.free_slots if self.gpus > 1 else 0
+
+    @property
+    def rebalances(self) -> bool:
+        """Whether a balancer runs: a rank alone has nothing to balance."""
+        return self.gpus > 1 and self.rebalance_interval > 0
 
     @property
     def memory_limit_bytes(self) -> int | None:
@@ -152,7 +198,7 @@ def load_recipe(recipe: str | Path) -> dict[str, Any]:
 
     Raises UsageError where it is missing, is no TOML, or has a key that LaunchConfig lacks.
     """
-    path = _find_recipe(recipe)
+    path = find_data_file("launch", recipe)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -163,7 +209,7 @@ def load_recipe(recipe: str | Path) -> dict[str, Any]:
     return values
 
 
-def data_folders(kind: Literal["models", "launch"]) -> list[Path]:
+def data_folders(kind: Literal["models", "launch", "topology"]) -> list[Path]:
     """Folders where a name is looked up, best first: ./kind, the checkout's, the installed ones."""
     checkout = Path(__file__).resolve().parents[1]
     folders = [Path.cwd() / kind]
@@ -184,18 +230,31 @@ def parse_bytes(text: str, name: str = "size") -> int:
     return num_bytes
 
 
-def _find_recipe(recipe: str | Path) -> Path:
-    path = Path(recipe)
+def parse_skew(text: str) -> float:
+    """The exponent s of "zipf:s", experts drawn with weights 1 / i^s; 0 of "uniform"."""
+    match = re.fullmatch(r"zipf:(\d+(?:\.\d+)?)", text, flags=re.ASCII)
+    if text != "uniform" and not (match and float(match[1]) <= MAX_SKEW):
+        raise UsageError(
+            f'routing_skew is {text!r}; give "uniform", or "zipf:1.0" with a number up to'
+            f" {MAX_SKEW:g}"
+        )
+    return float(match[1]) if match else 0.0
+
+
+def find_data_file(kind: Literal["launch", "topology"], name: str | Path) -> Path:
+    """A TOML file: a path, or a name looked up in `data_folders(kind)`; else a UsageError."""
+    path = Path(name)
     if path.exists() or path.parent != Path():
         return path
-    folders = data_folders("launch")
+    folders = data_folders(kind)
     candidates = [folder / f"{path.name.removesuffix('.toml')}.toml" for folder in folders]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
     known = sorted({file.stem for folder in folders for file in folder.glob("*.toml")})
+    what = "recipe" if kind == "launch" else kind
     raise UsageError(
-        f"recipe {str(recipe)!r} is no file here and no known name; "
+        f"{what} {str(name)!r} is no file here and no known name; "
         f"give a path, or one of: {', '.join(known) or 'none found'}"
     )
 
@@ -217,6 +276,12 @@ def _check_value(name: str, value: object, kind: Any) -> None:
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise UsageError(f"{name} is {value!r}; give one of: {', '.join(get_args(kind))}")
+    elif kind is bool:
+        if not isinstance(value, bool):
+            raise UsageError(f"{name} is {value!r}; give true or false")
+    elif kind is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+            raise UsageError(f"{name} is {value!r}; give a number above 0 and up to 1")
     elif kind is int:
         low, high = _INTEGER_BOUNDS[name]
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:

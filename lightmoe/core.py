@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -196,12 +196,78 @@ class SequenceStep:
 
 
 @dataclass(frozen=True, slots=True)
+class SlotChange:
+    """From an epoch on, that rank has that expert in that slot; slot -1: it has it no more.
+
+    `is_home` makes this copy the expert's first.
+    """
+
+    layer: int
+    expert: int
+    rank: int
+    slot: int
+    is_home: bool = False
+
+
+ROUTES = ("waterfill", "even", "none")
+"""How a step's tokens are split over the copies of an expert."""
+
+HOST_COPY = -1
+"""As a Piece's source: the node's copy in host memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes begin .. end of one expert's blob, on their way into a slot that no step reads.
+
+    `transfer` numbers the expert's whole way; its pieces come in order, the last one says so.
+    """
+
+    transfer: int
+    layer: int
+    expert: int
+    source_rank: int
+    source_slot: int
+    target_rank: int
+    target_slot: int
+    begin: int
+    end: int
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What all ranks do at the begin of a step, the same on each: first the changes.
+
+    `epoch` numbers the placement after the changes; without any it is that of the step before.
+    """
+
+    epoch: int
+    changes: tuple[SlotChange, ...] = ()
+    pieces: tuple[Piece, ...] = ()
+    route: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """What one rank does in one step. Ranks with no sequences still take part, with zero rows."""
 
     step: int
     tokens_per_rank: tuple[int, ...]
     sequences: tuple[SequenceStep, ...] = ()
+    orders: Orders | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """What a rank says of migrations: transfers whose last byte is in its slot since last asked.
+
+    `waited_seconds` is what its step waited for pieces; `error` why a transfer cannot go on.
+    """
+
+    transfers: tuple[int, ...] = ()
+    waited_seconds: float = 0.0
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +275,8 @@ class StepResult:
     """What one rank returns from one step.
 
     `expert_tokens` [L, E] counts the (token, expert) pairs of this rank's own tokens;
-    `layer_pairs` [L] counts the pairs that this rank's slots computed, for all ranks' tokens.
+    `layer_pairs` [L] counts the pairs that this rank's slots computed, for all ranks' tokens;
+    `routing` uint16 [T, L, K] has the experts of its own tokens where they are recorded.
     """
 
     rank: int
@@ -218,11 +285,16 @@ class StepResult:
     expert_tokens: np.ndarray
     layer_pairs: np.ndarray
     seconds: float = 0.0
+    arrivals: Arrivals | None = None
+    routing: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RankInfo:
-    """What one rank says of itself once its weights are loaded. Sizes in bytes."""
+    """What one rank says of itself once its weights are loaded. Sizes in bytes.
+
+    `num_slots` counts free ones too; `expert_bytes` is what one slot holds.
+    """
 
     rank: int
     kind: Literal["home", "spare"]
@@ -231,6 +303,32 @@ class RankInfo:
     weight_bytes: int
     num_kv_blocks: int
     pid: int = 0
+    expert_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BalanceEvent:
+    """One line of what the balancer did, and the epoch at which it said so."""
+
+    epoch: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BalanceReport:
+    """How the balancer is. `error` says why it has died; events are the last ones, oldest first.
+
+    `num_migrations` counts placements reached, `num_events` all events since the start.
+    """
+
+    num_migrations: int
+    num_moved_experts: int
+    moved_bytes: int
+    waited_seconds: float
+    heartbeat_age_seconds: float
+    error: str | None
+    events: tuple[BalanceEvent, ...]
+    num_events: int
 
 
 @dataclass(slots=True)
@@ -238,7 +336,8 @@ class LoadReport:
     """Expert load since the start, for `/v1/experts/load`, the page and the heatmap.
 
     `expert_tokens` [L, E], `rank_pairs` [W, L]; `placement[layer][expert]` lists the ranks that
-    hold a slot of that expert, home first.
+    hold a slot of that expert, home first. `rank_seconds` [W] is each rank's time in
+    steps, its waits for the others included.
     """
 
     expert_tokens: np.ndarray
@@ -247,6 +346,9 @@ class LoadReport:
     placement: list[list[list[int]]]
     epoch: int = 0
     num_steps: int = 0
+    rank_seconds: list[float] = field(default_factory=list)
+    route: str = ""
+    balance: BalanceReport | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,7 +357,7 @@ class ModelInfo:
 
     `num_layers` counts the layers that have experts. `generation_defaults` are the
     sampling fields of generation_config.json (temperature, top_p, top_k, ...) that hold where a
-    request says nothing.
+    request says nothing. `routing_skew` says that the experts are not those that the gate chose.
     """
 
     name: str
@@ -268,6 +370,7 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     generation_defaults: dict[str, float]
     dummy_weights: bool = False
+    routing_skew: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

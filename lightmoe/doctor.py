@@ -51,7 +51,7 @@ class Finding:
 def diagnose(port: int = 8000, num_ranks: int = 10) -> list[Finding]:
     """Look at this machine: can `num_ranks` ranks start here and serve on `port`?"""
     machine = probe(port)
-    return [*judge(machine, num_ranks), look_at_kernels(machine)]
+    return [*judge(machine, num_ranks), look_at_kernels(machine), look_at_route(machine)]
 
 
 def exit_code(findings: list[Finding]) -> int:
@@ -90,6 +90,7 @@ def judge(machine: Machine, num_ranks: int) -> list[Finding]:
         _judge_temporary(machine.temporary_bytes),
         _judge_driver(machine),
         *(_judge_gpu(index, gpu) for index, gpu in enumerate(machine.driver.gpus)),
+        *_judge_links(machine),
         _judge_torch(machine),
         _judge_cupy(machine),
         _judge_version("ray", machine.ray, MIN_RAY),
@@ -111,6 +112,18 @@ def look_at_kernels(machine: Machine, directory: Path | None = None) -> Finding:
     except MachineError as error:
         return _warn("kernels", str(error), library.REMEDY)
     return _judge_kernels(machine.driver, manifest)
+
+
+def look_at_route(machine: Machine) -> Finding:
+    """Whether CPU ranks have the compiled route; numpy's takes some 20 times as long."""
+    if machine.torch.version is None or machine.torch.error:
+        return _ok("route", "not looked at, for want of torch")
+    from lightmoe.kernels import host_route  # the room loads torch
+
+    path = host_route.library_path()
+    if path is None:
+        return _warn("route", "not compiled: CPU ranks compute it in numpy", host_route.REMEDY)
+    return _ok("route", f"compiled for CPU ranks: {path}")
 
 
 def _judge_kernels(driver: Driver, manifest: Manifest | None) -> Finding:
@@ -186,6 +199,61 @@ def _judge_gpu(index: int, gpu: Gpu) -> Finding:
     if gpu.compute_capability < TURING:
         return _warn(f"GPU {index}", what, "older than Turing (sm_75): take --device cpu")
     return _ok(f"GPU {index}", what)
+
+
+def _judge_links(machine: Machine) -> list[Finding]:
+    """What lies between the cards, and who may look at their counters; nothing without cards."""
+    gpus = machine.driver.gpus
+    if not gpus:
+        return []
+    findings = [_judge_lanes(gpus), _judge_profiling(machine.profiling_error)]
+    if len(gpus) > 1:
+        findings += [_judge_p2p(machine.driver), _judge_acs(machine)]
+    return findings
+
+
+def _judge_lanes(gpus: tuple[Gpu, ...]) -> Finding:
+    subject = "PCIe links"
+    narrow = [
+        f"GPU {index} uses x{gpu.lanes} of x{gpu.max_lanes}"
+        for index, gpu in enumerate(gpus)
+        if 0 < gpu.lanes < gpu.max_lanes
+    ]
+    if narrow:
+        remedy = "another slot or riser, or the slot's lanes in the BIOS; it halves the exchange"
+        return _warn(subject, ", ".join(narrow), remedy)
+    known = sorted({f"x{gpu.lanes}" for gpu in gpus if gpu.lanes})
+    return _ok(subject, ", ".join(known) or "the driver does not tell their width")
+
+
+def _judge_p2p(driver: Driver) -> Finding:
+    num_pairs = len(driver.gpus) * (len(driver.gpus) - 1) // 2
+    working = len(driver.p2p_pairs)
+    if not working:
+        return _ok("peer-to-peer", "none, says the driver: rows go through host memory")
+    what = f"{working} of {num_pairs} pairs of GPUs, says the driver"
+    return _ok("peer-to-peer", what, "whether it works, too: lightmoe topology probe -o FILE")
+
+
+def _judge_acs(machine: Machine) -> Finding:
+    bridges = machine.acs_bridges
+    if bridges is None:
+        return _ok("ACS", "not shown; to root it may be")
+    if not bridges:
+        return _ok("ACS", "no bridge redirects peer-to-peer copies")
+    what = f"{len(bridges)} bridges send peer-to-peer copies up to the root: {bridges[0]}, ..."
+    if len(bridges) == 1:
+        what = f"bridge {bridges[0]} sends peer-to-peer copies up to the root"
+    if not machine.driver.p2p_pairs:
+        return _ok("ACS", f"{what}; there are none")
+    return _warn("ACS", what, "switch ACS off in the BIOS (or with setpci), unless for a VM")
+
+
+def _judge_profiling(error: str | None) -> Finding:
+    if error is None:
+        return _ok("profiling", "the counters may be read")
+    remedy = "for ncu: options nvidia NVreg_RestrictProfilingToAdminUsers=0 in /etc/modprobe.d"
+    return _warn("profiling", error, remedy)
 
 
 def _judge_torch(machine: Machine) -> Finding:

@@ -8,6 +8,7 @@
     │   └── UnsupportedModelError   an architecture or option without code here
     ├── MachineError                port, memory, device, driver                  exit 1
     ├── PlacementError              experts cannot be placed on these ranks       exit 1
+    ├── TraceError                  recorded routing cannot be read or written    exit 1
     ├── RankError                   a rank died or stopped answering              exit 1, 503
     └── RequestError                a request that cannot be served               400
         ├── UnknownModelError       another model's name                          404
@@ -53,6 +54,10 @@ class MachineError(LightMoEError):
 
 class PlacementError(LightMoEError):
     """Experts cannot be placed on these ranks."""
+
+
+class TraceError(LightMoEError):
+    """Recorded routing cannot be read or written, or is none."""
 
 
 class RankError(LightMoEError):

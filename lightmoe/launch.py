@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import signal
 import socket
 import threading
@@ -18,7 +19,10 @@ from pathlib import Path
 
 import uvicorn
 
-from lightmoe.config import LaunchConfig
+from lightmoe.balancer.loop import Balancer
+from lightmoe.balancer.recorder import TraceRecorder
+from lightmoe.balancer.start import start_balancer
+from lightmoe.config import LaunchConfig, parse_skew
 from lightmoe.core import ModelInfo
 from lightmoe.engine.engine import Engine, SchedulerConfig
 from lightmoe.errors import CheckpointError, LightMoEError, MachineError, UsageError
@@ -28,7 +32,10 @@ from lightmoe.models.config import ModelConfig, read_config
 from lightmoe.models.find import find_model, generation_defaults
 from lightmoe.server.app import allowed_hosts_for, create_app
 from lightmoe.server.tokenizer import Tokenizer
+from lightmoe.telemetry.rank_recorder import TraceConfig
+from lightmoe.telemetry.trace_folder import finish_folder, prepare_folder
 from lightmoe.worker.config import WorkerConfig
+from lightmoe.worker.devices import Devices, choose_devices, gpu_bytes_per_rank
 from lightmoe.worker.ray_cluster import RayConfig
 from lightmoe.worker.ray_group import Progress, RayWorkerGroup
 from lightmoe.worker.sizing import Demand, Sizing, size_ranks
@@ -39,18 +46,18 @@ DRAIN_SECONDS = 1.5
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _USABLE_SHARE = 0.8  # of the free memory: torch, Ray and the operating system want some too
-_USABLE_GPU_SHARE = 0.9  # of a card's: the CUDA context, and what a step needs for a moment
 _RANK_OVERHEAD_BYTES = 300 << 20  # a process with torch and Ray in it, measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """What `auto` became, and the sentence that says why."""
+    """What `auto` became, and the sentence that says why; on GPUs the card of each rank."""
 
     device: str
     dtype: str
     transport: str
     reason: str
+    cards: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,17 +81,42 @@ class Launched:
 
 def resolve(config: LaunchConfig, driver: Driver) -> Resolved:
     """Device, dtype and transport; UsageError or MachineError where a wish cannot be met."""
-    device, reason = _resolve_device(config, driver)
-    turing = device == "cuda" and driver.gpus[0].compute_capability < (8, 0)
+    devices = choose_devices(config, driver)
+    turing = any(driver.gpus[card].compute_capability < (8, 0) for card in devices.cards)
     dtype: str = config.dtype
     if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "float16" if turing else "bfloat16"
+        halves = "float16" if turing else "bfloat16"
+        dtype = "float32" if devices.device == "cpu" else halves
     if dtype == "bfloat16" and turing:
         raise UsageError(f"{driver.gpus[0].name} has no bfloat16; use --dtype float16")
-    transport = "local" if config.gpus == 1 else "gloo"
-    if config.transport not in ("auto", transport):
-        raise UsageError(f"transport {config.transport} does not fit one rank; take auto or local")
-    return Resolved(device=device, dtype=dtype, transport=transport, reason=reason)
+    return Resolved(
+        device=devices.device,
+        dtype=dtype,
+        transport=_transport(config, devices),
+        reason=devices.reason,
+        cards=devices.cards,
+    )
+
+
+def _transport(config: LaunchConfig, devices: Devices) -> str:
+    """What carries the rows; UsageError where the wish does not fit."""
+    fitting: tuple[str, ...]
+    if config.gpus == 1:
+        fitting, what = ("local",), "one rank"
+    elif devices.device == "cpu":
+        fitting, what = ("gloo",), f"{config.gpus} ranks on the CPU"
+    elif config.address is not None:
+        fitting, what = ("nccl",), f"{config.gpus} ranks on the GPUs of a cluster"
+    else:
+        fitting, what = ("copy_engine", "nccl"), f"{config.gpus} ranks on GPUs"
+    if config.transport == "auto":
+        return fitting[0]
+    if config.transport not in fitting:
+        raise UsageError(
+            f"transport {config.transport} does not fit {what} ({devices.reason});"
+            f" take auto or {' or '.join(fitting)}"
+        )
+    return config.transport
 
 
 def kernels_for(resolved: Resolved, driver: Driver) -> str:
@@ -97,51 +129,64 @@ def kernels_for(resolved: Resolved, driver: Driver) -> str:
     return choose_kernels(resolved.dtype, driver.gpus[0].compute_capability)
 
 
-def _resolve_device(config: LaunchConfig, driver: Driver) -> tuple[str, str]:
-    if config.device == "cpu":
-        return "cpu", "the CPU was asked for"
-    if config.gpus > 1:
-        if config.device == "cuda":
-            raise UsageError(
-                f"--device cuda with {config.gpus} ranks needs an exchange between GPUs, which this"
-                " version does not have; use --gpus 1, or --device cpu for ranks on the CPU"
-            )
-        found = f"{len(driver.gpus)} GPU(s) found, but " if driver.gpus else ""
-        return "cpu", f"{found}several ranks exchange over gloo on the CPU in this version"
-    missing = _why_no_cuda(driver)
-    if missing is None:
-        return "cuda", f"one rank on {driver.gpus[0].name}"
-    if config.device == "cuda":
-        raise MachineError(f"--device cuda: {missing}; see `lightmoe doctor`, or use --device cpu")
-    return "cpu", missing
-
-
-def _why_no_cuda(driver: Driver) -> str | None:
-    """Why CUDA cannot be used here, None if it can. torch is asked only where there is a card."""
-    if driver.error is not None:
-        return f"the NVIDIA driver does not answer ({driver.error})"
-    if not driver.gpus:
-        return "no GPU found"
-    import torch
-
-    if not torch.cuda.is_available():
-        return f"torch {torch.__version__} cannot use the GPU under driver {driver.version}"
-    return None
-
-
 def start_engine(config: LaunchConfig, progress: Progress) -> Launched:
     """Start the ranks, and an engine over them."""
-    started = start_workers(config, progress)
+    recorder = _new_recorder(config)
+    try:
+        started = start_workers(config, progress, _trace_config(config))
+    except BaseException:
+        if recorder is not None:
+            recorder.close()
+        raise
     limits = SchedulerConfig(
         max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
     )
-    engine = Engine(started.model, started.group, limits)
+    engine = Engine(
+        started.model,
+        started.group,
+        limits,
+        route=config.route,
+        balancer=_start_balancer(config, started.group),
+        recorder=recorder,
+    )
     engine.start()
     return Launched(engine=engine, tokenizer=started.tokenizer, summary=started.summary)
 
 
-def start_workers(config: LaunchConfig, progress: Progress) -> Started:
-    """Find the model, size the ranks, start them and load."""
+def _trace_config(config: LaunchConfig) -> TraceConfig | None:
+    return None if config.trace is None else TraceConfig(folder=prepare_folder(Path(config.trace)))
+
+
+def _start_balancer(config: LaunchConfig, group: RayWorkerGroup) -> Balancer | None:
+    if not config.rebalances:
+        return None
+    return start_balancer(
+        group.ranks,
+        group.placement,
+        interval_steps=config.rebalance_interval,
+        bytes_per_step=config.migration_bytes_per_step,
+        num_free_slots=config.num_free_slots,
+        from_host=config.host_copy == "on",
+    )
+
+
+def _new_recorder(config: LaunchConfig) -> TraceRecorder | None:
+    """Before any rank starts, so that a path that cannot be written is refused at once."""
+    if config.record_routing is None:
+        return None
+    model = read_config(find_model(config.model))
+    return TraceRecorder(
+        Path(config.record_routing),
+        len(model.moe_layers),
+        model.num_experts,
+        model.num_experts_per_tok,
+    )
+
+
+def start_workers(
+    config: LaunchConfig, progress: Progress, trace: TraceConfig | None = None
+) -> Started:
+    """Find the model, size the ranks, start them and load; `trace` says which steps to record."""
     folder = find_model(config.model)
     model = read_config(folder)
     if config.load_format == "auto":
@@ -164,14 +209,28 @@ def start_workers(config: LaunchConfig, progress: Progress) -> Started:
             placement=sizing.placement,
             route=config.route,
             device=resolved.device,
+            cards=() if config.address else resolved.cards,
+            transport=resolved.transport,
+            peers_on_host=_meet_on_host(config, resolved, driver),
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
             dtype=resolved.dtype,
             max_model_len=sizing.max_model_len,
             num_kv_blocks=sizing.num_kv_blocks,
             num_threads=1,
             seed=config.seed,
             deterministic=config.deterministic == "on",
+            num_free_slots=config.num_free_slots,
+            host_copy=config.host_copy == "on",
+            max_recorded_tokens=config.max_num_batched_tokens if config.record_routing else 0,
+            routing_skew=None if config.routing_skew is None else parse_skew(config.routing_skew),
+            trace=trace,
         ),
-        RayConfig(address=config.address, gpus_per_rank=int(resolved.device == "cuda")),
+        RayConfig(
+            address=config.address,
+            # Ray here is ours alone, and has nothing to share out: ranks take the cards in order.
+            gpus_per_rank=int(resolved.device == "cuda" and config.address is not None),
+        ),
         progress,
     )
     return Started(
@@ -194,17 +253,39 @@ def _demand(config: LaunchConfig, model: ModelConfig, resolved: Resolved, driver
         num_ranks=config.gpus,
         num_spares=config.num_spares,
         element_bytes=_ELEMENT_BYTES[resolved.dtype],
-        rank_bytes=_rank_bytes(config, resolved, driver),
+        rank_bytes=_rank_bytes(config, resolved, driver) - _exchange_bytes(config, model, resolved),
         max_model_len=config.max_model_len or longest,
         max_num_seqs=config.max_num_seqs,
         on_cpu=resolved.device == "cpu",
+        num_free_slots=config.num_free_slots,
     )
+
+
+def _meet_on_host(config: LaunchConfig, resolved: Resolved, driver: Driver) -> bool:
+    """Whether copy_engine's ranks meet in the host's memory, not on the cards."""
+    if resolved.transport != "copy_engine" or config.peer_memory == "device":
+        return False
+    cards, reach = set(resolved.cards), set(driver.p2p_pairs)
+    pairs = ((a, b) for a in cards for b in cards if a < b)
+    alone = any((a, b) not in reach and (b, a) not in reach for a, b in pairs)
+    return alone or config.peer_memory == "host"
+
+
+def _exchange_bytes(config: LaunchConfig, model: ModelConfig, resolved: Resolved) -> int:
+    """What the transport takes of a rank's card."""
+    if resolved.transport != "copy_engine":
+        return 0
+    # Imported here: without a GPU the driver's process needs no torch.
+    from lightmoe.worker.peers import exchange_bytes
+
+    element_bytes = _ELEMENT_BYTES[resolved.dtype]
+    return exchange_bytes(model, config.gpus, config.max_num_batched_tokens, element_bytes)
 
 
 def _rank_bytes(config: LaunchConfig, resolved: Resolved, driver: Driver) -> int:
     """What a rank may use for weights and cache: a share of what is free, or the limit if less."""
     if resolved.device == "cuda":
-        share = int(driver.gpus[0].free_bytes * _USABLE_GPU_SHARE)
+        share = gpu_bytes_per_rank(config, resolved.cards, driver)
     else:
         free = free_ram_bytes()
         if free is None:
@@ -235,6 +316,7 @@ def _model_info(
         eos_token_ids=model.eos_token_ids,
         generation_defaults=generation_defaults(folder),
         dummy_weights=config.load_format == "dummy",
+        routing_skew=config.routing_skew,
     )
 
 
@@ -248,6 +330,7 @@ def _summary(config: LaunchConfig, resolved: Resolved, kernels: str, sizing: Siz
         f" {min(slots)}-{max(slots)} experts a rank; context {sizing.max_model_len},"
         f" KV cache {sizing.cache_bytes / 2**20:.0f} MiB a rank; kernels: {kernels},"
         f" deterministic {config.deterministic}"
+        + (f"; ROUTING IS MADE UP: {config.routing_skew}" if config.routing_skew else "")
     )
 
 
@@ -278,6 +361,7 @@ def serve(config: LaunchConfig, progress: Progress, announce: Callable[[str], No
     with (
         contextlib.closing(listen(config.host, config.port)) as listener,
         _interrupted_by_signals(),
+        _balancer_lines(announce),
     ):
         launched = start_engine(config, progress)
         try:
@@ -286,6 +370,38 @@ def serve(config: LaunchConfig, progress: Progress, announce: Callable[[str], No
             launched.engine.close()
         if launched.engine.failure is not None:
             raise launched.engine.failure
+        if config.trace is not None:
+            title = f"{launched.engine.model.name}, {config.gpus} ranks"
+            for line in finish_folder(Path(config.trace).resolve(), config.gpus, title):
+                announce(line)
+
+
+class _Lines(logging.Handler):
+    """Log records as lines for the console."""
+
+    def __init__(self, announce: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._announce = announce
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One record, one line."""
+        self._announce(record.getMessage())
+
+
+@contextlib.contextmanager
+def _balancer_lines(announce: Callable[[str], None]) -> Iterator[None]:
+    """What the balancer logs is said on the console: two lines a migration."""
+    logger, handler = logging.getLogger("lightmoe.balancer"), _Lines(announce)
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 @contextlib.contextmanager

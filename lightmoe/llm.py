@@ -10,6 +10,7 @@ import queue
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,6 +26,7 @@ from lightmoe.core import (
 from lightmoe.errors import RequestError
 from lightmoe.launch import start_engine
 from lightmoe.server.tokenizer import TextStream, Tokenizer
+from lightmoe.telemetry.trace_folder import finish_folder
 from lightmoe.worker.ray_group import Progress
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -79,10 +81,12 @@ class LLM:
         self, model: str, *, gpus: int = 1, progress: Progress = _no_progress, **options: Any
     ) -> None:
         config = LaunchConfig.from_recipe(None, {"model": model, "gpus": gpus, **options})
+        self._config = config
         self._launched = start_engine(config, progress)
         # Before Ray's own exit handler, which would pull the ranks from under the engine.
         atexit.register(self._launched.engine.close)
         self._ids = itertools.count()
+        self._is_closed = False
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -130,9 +134,14 @@ class LLM:
         return self._launched.engine.load()
 
     def close(self) -> None:
-        """Stop the ranks; may be called twice."""
-        atexit.unregister(self._launched.engine.close)
-        self._launched.engine.close()
+        """Stop the ranks, and write their trace where one was asked for; may be called twice."""
+        engine, trace = self._launched.engine, self._config.trace
+        atexit.unregister(engine.close)
+        engine.close()
+        if trace is not None and engine.failure is None and not self._is_closed:
+            title = f"{engine.model.name}, {self._config.gpus} ranks"
+            finish_folder(Path(trace).resolve(), self._config.gpus, title)
+        self._is_closed = True
 
     def __enter__(self) -> Self:
         return self

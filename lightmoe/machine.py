@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import os
 import shutil
 import socket
 import stat
+import struct
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,25 +20,39 @@ import pynvml
 RAY_TOKEN = Path.home() / ".ray" / "auth_token"
 RAY_CURRENT_CLUSTER = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"
 _LISTENING = "0A"  # the state column of /proc/net/tcp
+# PCI Express Base Specification: extended capabilities from 0x100; that of Access Control Services
+_PCI_BRIDGE_CLASS = "0x0604"
+_EXTENDED_CONFIG = 0x100
+_ACS_CAPABILITY = 0x000D
+_ACS_REDIRECT = 0x000C  # peer-to-peer requests and completions go up to the root
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One card as the driver names it; compute capability (7, 5) is sm_75."""
+    """One card as the driver names it; compute capability (7, 5) is sm_75.
+
+    `lanes` of its PCIe link are in use, `max_lanes` both ends have; 0 where nobody tells.
+    """
 
     name: str
     compute_capability: tuple[int, int]
     memory_bytes: int
     free_bytes: int
+    lanes: int = 0
+    max_lanes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Driver:
-    """The NVIDIA driver and its cards; `error` says why a driver that is there does not answer."""
+    """The NVIDIA driver and its cards; `error` says why a driver that is there does not answer.
+
+    `p2p_pairs` are the pairs of cards that can read each other's memory, as the driver says.
+    """
 
     version: str | None = None
     gpus: tuple[Gpu, ...] = ()
     error: str | None = None
+    p2p_pairs: tuple[tuple[int, int], ...] = ()
 
     @property
     def major(self) -> int:
@@ -54,7 +71,10 @@ class Torch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What `probe` read. Sizes are free bytes; None where the system does not tell."""
+    """What `probe` read. Sizes are free bytes; None where the system does not tell.
+
+    `acs_bridges` are the PCI bridges that send peer-to-peer copies up to the root.
+    """
 
     python: tuple[int, int]
     num_cores: int
@@ -70,6 +90,8 @@ class Machine:
     port: int
     port_error: str | None
     loopback_error: str | None
+    acs_bridges: tuple[str, ...] | None = None
+    profiling_error: str | None = None
 
 
 def probe(port: int) -> Machine:
@@ -90,6 +112,8 @@ def probe(port: int) -> Machine:
         port=port,
         port_error=port_error(port),
         loopback_error=loopback_error(),
+        acs_bridges=read_acs_bridges(),
+        profiling_error=profiling_error(),
     )
 
 
@@ -122,7 +146,11 @@ def read_driver() -> Driver:
         return Driver(error=str(error))
     try:
         gpus = tuple(_read_gpu(index) for index in range(pynvml.nvmlDeviceGetCount()))
-        return Driver(version=pynvml.nvmlSystemGetDriverVersion(), gpus=gpus)
+        return Driver(
+            version=pynvml.nvmlSystemGetDriverVersion(),
+            gpus=gpus,
+            p2p_pairs=_read_p2p_pairs(len(gpus)),
+        )
     except pynvml.NVMLError as error:
         return Driver(error=str(error))
     finally:
@@ -137,7 +165,71 @@ def _read_gpu(index: int) -> Gpu:
         compute_capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
         memory_bytes=memory.total,
         free_bytes=memory.free,
+        lanes=_told(lambda: int(pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle))),
+        max_lanes=_told(lambda: int(pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle))),
     )
+
+
+def _read_p2p_pairs(num_gpus: int) -> tuple[tuple[int, int], ...]:
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(num_gpus)]
+
+    def status(first: int, second: int) -> int:
+        index = pynvml.NVML_P2P_CAPS_INDEX_READ
+        return int(pynvml.nvmlDeviceGetP2PStatus(handles[first], handles[second], index))
+
+    pairs = itertools.combinations(range(num_gpus), 2)
+    unknown = pynvml.NVML_P2P_STATUS_UNKNOWN
+    return tuple(
+        pair
+        for pair in pairs
+        if _told(lambda pair=pair: status(*pair), unknown) == pynvml.NVML_P2P_STATUS_OK  # type: ignore[misc]
+    )
+
+
+def _told(call: Callable[[], int], otherwise: int = 0) -> int:
+    """What the driver says, or `otherwise` where it does not tell, as in some containers."""
+    try:
+        return call()
+    except pynvml.NVMLError:
+        return otherwise
+
+
+def read_acs_bridges(sysfs: Path = Path("/sys")) -> tuple[str, ...] | None:
+    """PCI bridges whose Access Control Services redirect peer-to-peer copies; None where the system
+    does not show it, as to anybody but root."""
+    shown = [
+        (device.name, control)
+        for device in sorted(sysfs.glob("bus/pci/devices/*"))
+        if (control := _acs_control(device)) is not None
+    ]
+    if not shown:
+        return None
+    return tuple(name for name, control in shown if control & _ACS_REDIRECT)
+
+
+def _acs_control(device: Path) -> int | None:
+    """The control register of a bridge's Access Control Services; None without them, or unread."""
+    kind, config = device / "class", device / "config"
+    if not kind.is_file() or not kind.read_text().startswith(_PCI_BRIDGE_CLASS):
+        return None
+    data = config.read_bytes() if os.access(config, os.R_OK) else b""
+    offset, visited = _EXTENDED_CONFIG, set[int]()
+    while _EXTENDED_CONFIG <= offset <= len(data) - 8 and offset not in visited:
+        visited.add(offset)
+        header, _, control = struct.unpack_from("<IHH", data, offset)
+        if header & 0xFFFF == _ACS_CAPABILITY:
+            return int(control)
+        offset = header >> 20
+    return None
+
+
+def profiling_error(proc: Path = Path("/proc"), user: int | None = None) -> str | None:
+    """Why this user cannot read the cards' counters, as ncu does; None if nothing forbids it."""
+    params = proc / "driver/nvidia/params"
+    if not params.is_file() or (os.geteuid() if user is None else user) == 0:
+        return None
+    restricted = "RmProfilingAdminOnly: 1" in params.read_text()
+    return "the driver lets root only read the counters" if restricted else None
 
 
 def installed_version(distribution: str) -> str | None:

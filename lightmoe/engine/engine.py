@@ -11,15 +11,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lightmoe.core import (
+    ROUTES,
+    BalanceReport,
     Batch,
     EngineStats,
     LoadReport,
     ModelInfo,
+    Orders,
     OutputCallback,
     RankStats,
     Request,
@@ -27,6 +30,7 @@ from lightmoe.core import (
     SampledToken,
     StepResult,
 )
+from lightmoe.engine.balance import RoutingRecorder, StepBalancer
 from lightmoe.engine.kv_blocks import KVBlocks
 from lightmoe.engine.router import Router
 from lightmoe.engine.scheduler import Scheduler
@@ -39,6 +43,7 @@ from lightmoe.errors import (
     RequestError,
     ShuttingDownError,
 )
+from lightmoe.moe.placement import Placement
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +69,26 @@ class Engine:
     it was not asked to.
     """
 
-    def __init__(self, model: ModelInfo, workers: WorkerGroup, config: SchedulerConfig) -> None:
+    def __init__(
+        self,
+        model: ModelInfo,
+        workers: WorkerGroup,
+        config: SchedulerConfig,
+        *,
+        route: str = "waterfill",
+        balancer: StepBalancer | None = None,
+        recorder: RoutingRecorder | None = None,
+    ) -> None:
         self.model = model
         self.error: LightMoEError | None = None
         self.failure: LightMoEError | None = None
         self._on_failure: Callable[[LightMoEError], None] = lambda error: None
         self._workers = workers
         self._config = config
+        self._balancer = balancer
+        self._recorder = recorder
+        self._route = route
+        self._wanted_route = route
         self._schedulers = [
             Scheduler(
                 KVBlocks(rank.num_kv_blocks, workers.block_size),
@@ -91,6 +109,7 @@ class Engine:
         self._started = time.monotonic()
         self._expert_tokens = np.zeros((model.num_layers, model.num_experts), dtype=np.int64)
         self._rank_pairs = np.zeros((len(workers.ranks), model.num_layers), dtype=np.int64)
+        self._rank_seconds = [0.0] * len(workers.ranks)
         self._new: deque[tuple[Request, OutputCallback]] = deque()
         self._aborted: deque[str] = deque()
         self._wake = threading.Condition()
@@ -138,9 +157,21 @@ class Engine:
             self._aborted.append(request_id)
             self._wake.notify()
 
+    def balance(self) -> BalanceReport | None:
+        """How the balancer is; None where there is none."""
+        return None if self._balancer is None else self._balancer.report()
+
+    def set_route(self, route: str) -> None:
+        """Route by "waterfill", "even" or "none" from the next step on, on all ranks."""
+        if route not in ROUTES:
+            known = ", ".join(ROUTES)
+            raise RequestError(f"route is {route!r:.100}; give one of: {known}", "route")
+        self._wanted_route = route
+
     def load(self) -> LoadReport:
         """Expert load since the start."""
         placement = self._workers.placement
+        balance = self.balance()
         with self._wake:
             return LoadReport(
                 expert_tokens=self._expert_tokens.copy(),
@@ -149,6 +180,9 @@ class Engine:
                 placement=[[list(ranks) for ranks in layer] for layer in placement.copies],
                 epoch=placement.epoch,
                 num_steps=self._num_steps,
+                route=self._wanted_route,
+                balance=balance,
+                rank_seconds=self._rank_seconds.copy(),
             )
 
     def stats(self) -> EngineStats:
@@ -205,7 +239,11 @@ class Engine:
         """End everything and stop the ranks; may be called twice."""
         if not self._closing:
             self.drain(0.0)
+        if self._balancer is not None:
+            self._balancer.close()
         self._workers.close()
+        if self._recorder is not None:
+            self._recorder.close()
 
     # The engine's thread.
 
@@ -250,11 +288,17 @@ class Engine:
         """One step: schedule, run, hand out."""
         plans = [scheduler.schedule() for scheduler in self._schedulers]
         tokens_per_rank = tuple(sum(len(part.token_ids) for part in plan) for plan in plans)
+        orders, placement = self._orders()
         started = time.perf_counter()
         results = self._workers.step(
-            [Batch(self._num_steps, tokens_per_rank, plan) for plan in plans]
+            [Batch(self._num_steps, tokens_per_rank, plan, orders) for plan in plans]
         )
         self._last_step_seconds = time.perf_counter() - started
+        # The ranks have done it: what is theirs is now the driver's.
+        self._workers.placement = placement
+        if orders is not None:
+            self._route = orders.route or self._route
+        self._observe(results)
         with self._wake:
             if self.error is not None:
                 return  # given up by drain() while the ranks were busy
@@ -264,9 +308,29 @@ class Engine:
                     self._append(token)
             self._num_steps += 1
 
+    def _orders(self) -> tuple[Orders | None, Placement]:
+        """What the balancer wants of the next step, with the route if it was changed.
+
+        And the placement in which the step runs.
+        """
+        orders, placement, wanted = None, self._workers.placement, self._wanted_route
+        if self._balancer is not None:
+            orders, placement = self._balancer.orders(placement, wanted) or (None, placement)
+        if wanted != self._route:
+            orders = replace(orders or Orders(placement.epoch), route=wanted)
+        return orders, placement
+
+    def _observe(self, results: list[StepResult]) -> None:
+        if self._balancer is not None:
+            tokens = np.stack([result.expert_tokens for result in results])
+            self._balancer.observe(tokens.sum(axis=0, dtype=np.int64), results)
+        if self._recorder is not None:
+            self._recorder.add(results)
+
     def _count(self, result: StepResult) -> None:
         self._expert_tokens += result.expert_tokens
         self._rank_pairs[result.rank] += result.layer_pairs
+        self._rank_seconds[result.rank] += result.seconds
 
     def _append(self, token: SampledToken) -> None:
         sequence = self._sequences[token.sequence_id]

@@ -15,29 +15,42 @@ from torch import Tensor
 from lightmoe.kernels import reference
 from lightmoe.kernels.checks import is_native
 from lightmoe.kernels.combine import combine as _combine
+from lightmoe.kernels.fp8_gemm import fp8_gemm as _fp8_gemm
+from lightmoe.kernels.fp8_gemm import plan_fp8
 from lightmoe.kernels.grouped_gemm import grouped_gemm as _grouped_gemm
 from lightmoe.kernels.grouped_gemm import plan_weights
 from lightmoe.kernels.groups import PairGroups
 from lightmoe.kernels.matmul import matmul as _matmul
+from lightmoe.kernels.paged_attention import paged_attention as _paged_attention
 from lightmoe.kernels.permute import permute as _permute
+from lightmoe.kernels.permute import permute_fp8 as _permute_fp8
 from lightmoe.kernels.permute import permute_int8 as _permute_int8
 from lightmoe.kernels.quant_gemm import plan_quantized
 from lightmoe.kernels.quant_gemm import quant_gemm as _quant_gemm
-from lightmoe.kernels.reference import QuantizedMatrix, swiglu
+from lightmoe.kernels.reference import Fp8Weights, QuantizedMatrix, swiglu
+from lightmoe.kernels.route import route_split as _route_split
+from lightmoe.kernels.route_reference import RouteSplit
+from lightmoe.kernels.route_reference import route_split as _route_split_on_host
 from lightmoe.kernels.sort_pairs import sort_pairs as _sort_pairs
 from lightmoe.kernels.topk_gate import route_tokens as _route_tokens
 from lightmoe.kernels.topk_gate import topk_gate as _topk_gate
 
 __all__ = [
+    "Fp8Weights",
     "PairGroups",
     "QuantizedMatrix",
+    "RouteSplit",
     "combine",
     "equal_groups",
+    "fp8_gemm",
     "grouped_gemm",
     "matmul",
+    "paged_attention",
     "permute",
+    "permute_fp8",
     "permute_int8",
     "quant_gemm",
+    "route_split",
     "route_tokens",
     "sort_pairs",
     "swiglu",
@@ -48,7 +61,7 @@ __all__ = [
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 
-_OF_GPUS = ("deterministic", "groups_settled", "max_ctas")
+_OF_GPUS = ("deterministic", "expected", "groups_settled", "max_ctas", "max_queries")
 """Arguments that say how, not what; the reference has one way."""
 
 
@@ -80,16 +93,20 @@ def _chosen_natively(experts: Tensor) -> bool:
 topk_gate = _by_tensor(_topk_gate, reference.topk_gate)
 route_tokens = _by_tensor(_route_tokens, reference.route_tokens)
 sort_pairs = _by_tensor(_sort_pairs, reference.sort_pairs, _chosen_natively)
+route_split = _by_tensor(_route_split, _route_split_on_host, _chosen_natively)
 permute = _by_tensor(_permute, reference.permute)
 permute_int8 = _by_tensor(_permute_int8, reference.permute_int8)
+permute_fp8 = _by_tensor(_permute_fp8, reference.permute_fp8)
 matmul = _by_tensor(_matmul, reference.matmul)
 grouped_gemm = _by_tensor(_grouped_gemm, reference.grouped_gemm)
 quant_gemm = _by_tensor(_quant_gemm, reference.quant_gemm)
+fp8_gemm = _by_tensor(_fp8_gemm, reference.fp8_gemm, lambda rows: rows.is_cuda)
 combine = _by_tensor(_combine, reference.combine)
+paged_attention = _by_tensor(_paged_attention, reference.paged_attention)
 
 
 def tokens_per_tile(
-    weights: Tensor | QuantizedMatrix,
+    weights: Tensor | QuantizedMatrix | Fp8Weights,
     num_pairs: int,
     num_groups: int,
     *,
@@ -98,12 +115,14 @@ def tokens_per_tile(
 ) -> int:
     """How many pairs a tile has in the product with these weights: what sorting needs to know."""
     numbers = weights if isinstance(weights, Tensor) else weights.scales
-    if not is_native(numbers):
+    if not (is_native(numbers) or (numbers.is_cuda and isinstance(weights, Fp8Weights))):
         return reference.BLOCK_ROWS
     if isinstance(weights, Tensor):
         plan = plan_weights(
             weights, num_pairs, num_groups, swiglu=swiglu, deterministic=deterministic
         )
+    elif isinstance(weights, Fp8Weights):
+        plan = plan_fp8(weights, num_pairs, num_groups)
     else:
         plan = plan_quantized(weights, num_pairs, num_groups, deterministic=deterministic)
     return plan.tile.tokens

@@ -40,13 +40,16 @@ def grouped_gemm(
     max_ctas: int | None = None,
     deterministic: bool = True,
     groups_settled: bool = False,
+    expected: tuple[int, int] | None = None,
+    output: Tensor | None = None,
 ) -> Tensor:
     """[R, D] x [S, N, D] -> [P, N], with `swiglu` [P, N / 2]; rounded once, from fp32 sums.
 
     `max_ctas` bounds the multiprocessors that are used, None: all. With `groups_settled` the tables
     of `groups` are older than the kernel in front of this one, and weights are fetched while that
-    still runs: neither may be what it writes. UsageError names the tensor that does not fit. The
-    rest is reference.grouped_gemm's.
+    still runs: neither may be what it writes. `expected` pairs and groups choose the tile where
+    those of `groups` are only bounds. `output` is written and returned where given. UsageError
+    names the tensor that does not fit. The rest is reference.grouped_gemm's.
     """
     require_shape(_STEM, "weights", weights, None, None, None)
     require_shape(_STEM, "rows", rows, None, weights.shape[2])
@@ -62,7 +65,11 @@ def grouped_gemm(
         pair_weight=pair_weight,
     )
     num_pairs = groups.num_pairs
-    output = rows.new_empty(num_pairs, weights.shape[1] // (2 if swiglu else 1))
+    num_features = weights.shape[1] // (2 if swiglu else 1)
+    if output is None:
+        output = rows.new_empty(num_pairs, num_features)
+    require_shape(_STEM, "output", output, num_pairs, num_features)
+    require_dtype(_STEM, "output", output, rows.dtype)
     if not num_pairs:
         return output
     plan = plan_weights(
@@ -72,6 +79,7 @@ def grouped_gemm(
         swiglu=swiglu,
         deterministic=deterministic,
         tokens_per_tile=groups.tokens_per_tile,
+        expected=expected,
     )
     if plan.permutes and row_index is not None:
         # The groups may have fewer pairs than there can be: those behind have no row.
@@ -110,6 +118,7 @@ def plan_weights(
     swiglu: bool,
     deterministic: bool,
     tokens_per_tile: int | None = None,
+    expected: tuple[int, int] | None = None,
 ) -> Plan:
     """The plan for products with these weights [..., N, D] on their device."""
     return plan_product(
@@ -122,6 +131,7 @@ def plan_weights(
         swiglu=swiglu,
         deterministic=deterministic,
         tokens_per_tile=tokens_per_tile,
+        expected=expected,
     )
 
 

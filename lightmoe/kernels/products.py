@@ -54,10 +54,13 @@ def plan_product(
     deterministic: bool,
     num_bits: int = 16,
     tokens_per_tile: int | None = None,
+    expected: tuple[int, int] | None = None,
+    row_bits: int = 16,
 ) -> Plan:
     """The plan on a CUDA device; `num_features` counts columns of the output.
 
     `tokens_per_tile` is given where the pairs are sorted already; UsageError if no tile has it.
+    `expected` pairs and groups choose the tile where num_pairs and num_groups are only bounds.
     """
     return _plan(
         library().architecture_of(device),
@@ -70,6 +73,8 @@ def plan_product(
         deterministic,
         num_bits,
         tokens_per_tile,
+        expected,
+        row_bits,
     )
 
 
@@ -85,11 +90,12 @@ def _plan(
     deterministic: bool,
     num_bits: int,
     tokens_per_tile: int | None,
+    expected: tuple[int, int] | None,
+    row_bits: int,
 ) -> Plan:
     product = Product(
         int(architecture.removesuffix("ptx")),
-        num_pairs,
-        num_groups,
+        *(expected or (num_pairs, num_groups)),
         num_features,
         depth,
         swiglu,
@@ -97,6 +103,7 @@ def _plan(
         deterministic,
         num_bits,
         tokens_per_tile,
+        row_bits,
     )
     try:
         tile = choose_tile(product)
@@ -173,7 +180,18 @@ def check_pairs(
 ) -> None:
     """UsageError unless rows [R, D], groups, row_index [P] and pair_weight [P] fit each other."""
     require_half(stem, "rows", rows)
-    require_multiple(stem, "rows", rows, 1, 8)
+    check_order(stem, rows, groups, row_index, pair_weight)
+
+
+def check_order(
+    stem: str,
+    rows: Tensor,
+    groups: PairGroups,
+    row_index: Tensor | None,
+    pair_weight: Tensor | None,
+) -> None:
+    """check_pairs of rows of any dtype."""
+    require_multiple(stem, "rows", rows, 1, 16 // rows.element_size())
     require_rows(stem, "rows", rows)
     if row_index is None:
         require_shape(stem, "rows", rows, groups.num_pairs, None)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -280,12 +280,13 @@ def grouped_gemm(
     *,
     swiglu: bool = False,
     pair_weight: Tensor | None = None,
+    output: Tensor | None = None,
 ) -> Tensor:
     """Products of sorted pairs, each with its group's slot: [R, D] x [S, N, D] -> [P, N].
 
     `row_index` [P] names the row of each pair; without it the rows are the pairs. With `swiglu`
     the weights are gate rows, then as many up rows, and the result is silu(gate) * up [P, N / 2].
-    `pair_weight` fp32 [P] multiplies a pair's result.
+    `pair_weight` fp32 [P] multiplies a pair's result. `output` is written and returned where given.
     """
     product = rows.new_empty(groups.num_pairs, weights.shape[1])
     for slot, begin, end in _pairs_of_slots(groups):
@@ -295,7 +296,7 @@ def grouped_gemm(
         product = _gated(product)
     if pair_weight is not None:
         product = (product.float() * pair_weight[:, None]).to(product.dtype)
-    return product
+    return product if output is None else output.copy_(product)
 
 
 def _pairs_of_slots(groups: PairGroups) -> Iterator[tuple[int, int, int]]:
@@ -369,6 +370,7 @@ def quant_gemm(
     )
 
 
+@runtime_checkable
 class Fp8Weights(_SlotMatrices, Protocol):
     """What fp8_gemm needs of the matrices of S slots in e4m3 (quant.fp8.Fp8Matrix)."""
 
@@ -458,3 +460,47 @@ def combine(
     if addend is not None:
         total += addend
     return total.to(pairs.dtype)
+
+
+def paged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    lengths: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention over pages [blocks, block size, KV heads, width]: [T, H, width] -> the same.
+
+    Position p of sequence b is row p % block size of block `block_tables[b, p // block size]`
+    [B, blocks]. Rows `query_starts[b]` .. `query_starts[b + 1]` [B + 1] are the sequence's last
+    ones of `lengths[b]` [B] positions. A query sees what is not after it; one that sees nothing,
+    or is no sequence's, gets zeros. Scores are multiplied with `scale`, None: 1 / sqrt(width).
+    Computed in fp32, or wider where the query is. Query heads of one KV head lie side by side.
+    """
+    attended = query.new_zeros(*query.shape[:2], values.shape[3])
+    starts = query_starts.tolist()
+    for begin, end, length, blocks in zip(
+        starts, starts[1:], lengths.tolist(), block_tables, strict=False
+    ):
+        if begin < end and length > 0:
+            past = [pages[blocks].flatten(0, 1)[:length] for pages in (keys, values)]
+            attended[begin:end] = _attend(query[begin:end], *past, scale)
+    return attended
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
+    """The last queries of one sequence [N, H, width] over all its keys [M, KV heads, width]."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    num_shared = query.shape[1] // keys.shape[1]
+    shared_keys, shared_values = (
+        past.to(dtype).repeat_interleave(num_shared, dim=1) for past in (keys, values)
+    )
+    scores = torch.einsum("nhw,mhw->hnm", query.to(dtype), shared_keys)
+    scores *= query.shape[2] ** -0.5 if scale is None else scale
+    places = torch.arange(len(keys), device=query.device)
+    seen = places <= (places.new_tensor(range(len(query))) + (len(keys) - len(query)))[:, None]
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+    attended = torch.einsum("hnm,mhw->nhw", weights, shared_values).to(query.dtype)
+    return attended.masked_fill(~seen.any(dim=1)[:, None, None], 0.0)

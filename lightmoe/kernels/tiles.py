@@ -29,11 +29,15 @@ _SWIZZLE_BYTES = 1024  # at whose multiples the stages of warpgroup tiles begin
 _RING_BYTES = 2 * MOST_STAGES * 8 + 17 * CHUNK_BYTES  # barriers, and the ring of units
 _RESERVED_BYTES = 1024  # of an SM's shared memory, for each CTA
 _SMALLEST_GROUP = 32
+_SCALE_SPAN = 128  # elements of depth that share an e4m3 scale
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """light_tile of light_ops.h; `ctas_per_sm` is how many of its CTAs one SM is to hold."""
+    """light_tile of light_ops.h; `ctas_per_sm` is how many of its CTAs one SM is to hold.
+
+    `row_bits` are those of an element of the rows: 8 in e4m3.
+    """
 
     weight_rows: int
     tokens: int
@@ -45,6 +49,7 @@ class Tile:
     limit: int = 0
     depth_parts: int = 1
     ctas_per_sm: int = 1
+    row_bits: int = 16
 
     @property
     def threads(self) -> int:
@@ -71,7 +76,9 @@ class Tile:
         """Shared memory of a pipeline stage, with the most scales and zeros there can be."""
         weights = self.weight_rows * self.depth * num_bits // 8
         scales = 0 if num_bits == 16 else 2 * self.weight_rows * (self.depth // _SMALLEST_GROUP) * 2
-        total = weights + scales + self.tokens * self.depth * 2
+        if self.row_bits == 8:
+            scales = self.depth // _SCALE_SPAN * 2 * self.tokens * 4
+        total = weights + scales + self.tokens * self.depth * self.row_bits // 8
         return total + -total % _SWIZZLE_BYTES if self.limit else total
 
     def shared_bytes(self, num_bits: int) -> int:
@@ -94,6 +101,7 @@ class Product:
     deterministic: bool = True
     num_bits: int = 16
     tokens_per_tile: int | None = None
+    row_bits: int = 16
 
     @property
     def weight_rows(self) -> int:
@@ -225,6 +233,7 @@ def _on_warpgroups(
     row_groups: int = 2,
     depth_parts: int = 1,
     ctas_per_sm: int = 1,
+    row_bits: int = 16,
 ) -> Tile:
     """A tile of Hopper's warpgroups, with as many stages as there is room for."""
     one = Tile(
@@ -237,6 +246,7 @@ def _on_warpgroups(
         limit=limit,
         depth_parts=depth_parts,
         ctas_per_sm=ctas_per_sm,
+        row_bits=row_bits,
     )
     room = (SHARED_BYTES[90] + _RESERVED_BYTES) // ctas_per_sm - _RESERVED_BYTES - _RING_BYTES
     return replace(one, stages=min(room // one.stage_bytes(num_bits), MOST_STAGES))
@@ -261,16 +271,24 @@ _HOPPER: dict[int, Tiles] = {  # wgmma
         _on_warpgroups(4, 64, 16, depth=256, row_groups=1, depth_parts=4),
     ),
 }
+_HOPPER_FP8: Tiles = (
+    _on_warpgroups(8, 256, 128, depth=128, row_bits=8),
+    _on_warpgroups(8, 128, 16, depth=128, ctas_per_sm=2, row_bits=8),
+    _on_warpgroups(8, 64, 16, depth=256, row_groups=1, ctas_per_sm=2, row_bits=8),
+)
 
 
-def candidates(architecture: int, num_bits: int) -> Tiles:
+def candidates(architecture: int, num_bits: int, row_bits: int = 16) -> Tiles:
     """The compiled tiles of an architecture (75 is sm_75), best first; `num_bits` of a weight.
 
-    ValueError for an architecture that has none.
+    Rows of 8 bits (e4m3) are for Hopper alone: elsewhere there are none. ValueError for an
+    architecture that has no tiles at all.
     """
     if architecture not in SHARED_BYTES:
         supported = ", ".join(f"sm_{number}" for number in SHARED_BYTES)
         raise ValueError(f"no kernels for sm_{architecture}; there are some for {supported}")
+    if row_bits == 8:
+        return _HOPPER_FP8 if architecture >= 90 else ()
     if architecture < 80:
         return _TURING[num_bits]
     if architecture >= 90:
@@ -301,7 +319,7 @@ def rejection(tile: Tile, product: Product) -> str | None:
         return _warpgroup_rejection(tile, product)
     if tile.half_accumulate and (product.deterministic or not product.half):
         return "fp16 sums: only for fp16, and where the answer may depend on the tile"
-    others = candidates(product.architecture, product.num_bits)
+    others = candidates(product.architecture, product.num_bits, product.row_bits)
     if product.tokens_per_tile is None:
         wanted = tokens_wanted(product)
         enough = min(
@@ -327,7 +345,7 @@ def _warpgroup_rejection(tile: Tile, product: Product) -> str | None:
     alike, one of 64 rows where those of more rows leave most multiprocessors without work: half of
     them read as fast as all, and a depth in parts unpacks codes faster.
     """
-    others = candidates(product.architecture, product.num_bits)
+    others = candidates(product.architecture, product.num_bits, product.row_bits)
     if product.tokens_per_tile is None:
         wanted = tokens_wanted(product)
         sizes = [other.tokens for other in others]
@@ -349,7 +367,7 @@ def _warpgroup_rejection(tile: Tile, product: Product) -> str | None:
 
 def rejections(product: Product) -> list[tuple[Tile, str | None]]:
     """Every compiled tile in order of preference, with what speaks against it."""
-    tiles = candidates(product.architecture, product.num_bits)
+    tiles = candidates(product.architecture, product.num_bits, product.row_bits)
     return [(tile, rejection(tile, product)) for tile in tiles]
 
 

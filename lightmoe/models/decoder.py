@@ -23,7 +23,9 @@ from lightmoe.moe.experts import Experts, SlotPool
 from lightmoe.moe.gate import Gate
 from lightmoe.moe.layer import MoELayer
 from lightmoe.moe.load import LoadCounter
+from lightmoe.moe.skew import RoutingSkew
 from lightmoe.quant.packing import ExpertLayout
+from lightmoe.telemetry.trace import span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,7 @@ class Parts:
     group: ExpertGroup
     pool: SlotPool
     deterministic: bool = True
+    skew: RoutingSkew | None = None
 
     def linear(self, *names: str, swiglu: bool = False) -> Linear:
         """One product with these weights, one's columns after the other's."""
@@ -57,6 +60,7 @@ class Decoder:
         config = parts.config
         self._embedding = parts.read("model.embed_tokens.weight")
         device = self._embedding.device
+        self.num_experts_per_token = config.num_experts_per_tok
         self.load = LoadCounter(len(config.moe_layers), config.num_experts, device)
         self.rotary = Rotary(
             config.rotary_dim, config.rope_theta, max_model_len, device, config.yarn
@@ -85,6 +89,7 @@ class DecoderLayer:
 
     def __init__(self, layer: int, parts: Parts, load: LoadCounter) -> None:
         config, prefix = parts.config, f"model.layers.{layer}."
+        self._layer = layer
         self._input_norm = parts.norm(prefix + "input_layernorm.weight")
         self._attention = _attention(layer, parts)
         self._mlp_norm = parts.norm(prefix + "post_attention_layernorm.weight")
@@ -98,7 +103,8 @@ class DecoderLayer:
     def __call__(self, hidden: Tensor, step: AttentionStep) -> Tensor:
         """[T, D] -> [T, D]. Without tokens here there is no attention, but the experts serve."""
         if len(hidden):
-            hidden = hidden + self._attention(self._input_norm(hidden), step)
+            with span("attention", self._layer):
+                hidden = hidden + self._attention(self._input_norm(hidden), step)
         return hidden + self._mlp(self._mlp_norm(hidden))
 
 
@@ -114,6 +120,8 @@ def _moe(layer: int, prefix: str, parts: Parts, load: LoadCounter) -> MoELayer:
         num_groups_per_token=config.num_groups_per_token,
         deterministic=parts.deterministic,
     )
+    if parts.skew is not None:
+        gate = parts.skew.instead_of(gate, layer)
     experts = Experts(parts.pool, deterministic=parts.deterministic)
     dispatcher = make_dispatcher(parts.group, layer, router_weight.device, experts.tokens_per_tile)
     shared = _swiglu(prefix + "shared_experts.", parts) if config.num_shared_experts else None
@@ -124,7 +132,12 @@ def _swiglu(prefix: str, parts: Parts) -> Callable[[Tensor], Tensor]:
     """down(silu(gate) * up): dense layers and shared experts."""
     inner = parts.linear(f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight", swiglu=True)
     down = parts.linear(f"{prefix}down_proj.weight")
-    return lambda hidden: down(inner(hidden))
+
+    def mlp(hidden: Tensor) -> Tensor:
+        with span("mlp"):
+            return down(inner(hidden))
+
+    return mlp
 
 
 def _attention(layer: int, parts: Parts) -> Attention | LatentAttention:
@@ -180,12 +193,21 @@ def load_experts(
     group: ExpertGroup,
     dtype: torch.dtype,
     device: torch.device,
+    num_free_slots: int = 0,
 ) -> SlotPool:
     """Fill this rank's slots with the experts that the placement puts there."""
     layout = ExpertLayout(config.hidden_size, config.moe_intermediate_size)
-    pool = SlotPool(group.placement.num_slots(group.rank), layout, dtype, device)
+    num_slots = group.placement.num_slots(group.rank) + num_free_slots
+    pool = SlotPool(num_slots, layout, dtype, device)
     for moe_layer, expert, slot in group.placement.hosted(group.rank):
-        layer = config.moe_layers[moe_layer]
-        gate, up, down = (read(config.expert_tensor(layer, expert, part)) for part in range(3))
-        layout.write(pool.blobs[slot], gate, up, down)
+        read_expert(config, read, moe_layer, expert, pool.blobs[slot])
     return pool
+
+
+def read_expert(
+    config: ModelConfig, read: WeightReader, moe_layer: int, expert: int, blob: Tensor
+) -> None:
+    """Fill one blob [elements] with an expert; moe_layer counts the layers that have experts."""
+    layer = config.moe_layers[moe_layer]
+    gate, up, down = (read(config.expert_tensor(layer, expert, part)) for part in range(3))
+    ExpertLayout(config.hidden_size, config.moe_intermediate_size).write(blob, gate, up, down)

@@ -42,21 +42,39 @@ class Experts:
             deterministic=self._deterministic,
         )
 
-    def __call__(self, rows: Tensor, receipt: Receipt) -> Tensor:
-        """The product of every pair: [R, D] -> [P, D], in the receipt's order."""
+    def __call__(
+        self,
+        rows: Tensor,
+        receipt: Receipt,
+        *,
+        output: Tensor | None = None,
+        max_ctas: int | None = None,
+    ) -> Tensor:
+        """The product of every pair: [R, D] -> [P, D], in the receipt's order.
+
+        `output` is written and returned where given; `max_ctas` bounds the multiprocessors.
+        """
+        if not len(self._pool.blobs):
+            # A rank without experts computes nothing, but takes part in the exchange.
+            return rows if output is None else output
         inner = kernels.grouped_gemm(
             rows,
             self._pool.gate_up,
             receipt.groups,
             receipt.pair_row,
             swiglu=True,
+            max_ctas=max_ctas,
             deterministic=self._deterministic,
+            expected=receipt.expected,
         )  # [P, F]
         return kernels.grouped_gemm(
             inner,
             self._pool.down,
             receipt.groups,
             pair_weight=receipt.pair_weight,
+            max_ctas=max_ctas,
             deterministic=self._deterministic,
             groups_settled=True,
+            expected=receipt.expected,
+            output=output,
         )

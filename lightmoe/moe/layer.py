@@ -9,19 +9,19 @@ Shapes: T tokens on this rank, D model width, K experts per token, R rows receiv
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
 from lightmoe.moe.dispatch import Dispatcher
 from lightmoe.moe.experts import Experts
 from lightmoe.moe.gate import Gate
 from lightmoe.moe.load import LoadCounter
+from lightmoe.moe.overlap_model import Overlap
+from lightmoe.moe.pipeline import SharedExpert, run_layer
+from lightmoe.telemetry.trace import span
 
 
 class MoELayer:
-    """Gate, exchange, experts, exchange. `num_chunks` never changes a bit of the answer."""
+    """Gate, exchange, experts, exchange. How many chunks there are never changes the answer."""
 
     def __init__(
         self,
@@ -30,8 +30,8 @@ class MoELayer:
         load: LoadCounter,
         dispatcher: Dispatcher,
         experts: Experts,
-        shared_expert: Callable[[Tensor], Tensor] | None = None,
-        num_chunks: int = 1,
+        shared_expert: SharedExpert | None = None,
+        overlap: Overlap | None = None,
     ) -> None:
         self.layer = layer
         self.gate = gate
@@ -39,19 +39,25 @@ class MoELayer:
         self.dispatcher = dispatcher
         self.experts = experts
         self.shared_expert = shared_expert
-        self.num_chunks = num_chunks
+        self.overlap = overlap or Overlap()
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
-        sort = self.dispatcher.pair_sort if self.num_chunks == 1 else None
-        choice = self.gate(hidden, sort)  # experts [T, K], weights [T, K]
+        num_chunks = self.overlap.chunks(self.dispatcher.most_tokens(hidden))
+        self.dispatcher.publish(hidden)
+        sort = self.dispatcher.pair_sort if num_chunks == 1 else None
+        with span("gate", self.layer):
+            choice = self.gate(hidden, sort)  # experts [T, K], weights [T, K]
         self.load.add(self.layer, choice)
-        parts = []
-        for receipt in self.dispatcher.route(choice, self.num_chunks):
-            rows = self.dispatcher.dispatch(hidden, receipt)  # [R, D]
-            pairs = self.experts(rows, receipt)  # [P, D]
-            parts.append(self.dispatcher.combine(pairs, choice.weights, receipt))
-        output = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if self.shared_expert is not None:
-            output += self.shared_expert(hidden)
-        return output
+        with span("route", self.layer):
+            receipts = self.dispatcher.route(choice, num_chunks)
+        with span("pipeline", self.layer):
+            return run_layer(
+                self.dispatcher,
+                self.experts,
+                hidden,
+                choice.weights,
+                receipts,
+                self.shared_expert,
+                self.overlap.expert_ctas,
+            )

@@ -5,13 +5,14 @@ A placement is immutable. The next one has the next epoch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
+from lightmoe.core import SlotChange
 from lightmoe.errors import PlacementError
 
 RankKind = Literal["home", "spare"]
@@ -41,11 +42,11 @@ class Placement:
         home_held = np.take_along_axis(held, self.homes[:, :, None].astype(np.int64), axis=2)
         if not home_held.all():
             layer, expert = np.argwhere(~home_held[:, :, 0])[0]
-            raise PlacementError(f"expert {expert} of layer {layer} has no slot on its home rank")
+            raise _no_home(int(layer), int(expert))
         for rank in range(self.num_ranks):
             slots = self.slot_table[:, :, rank][held[:, :, rank]]
             if len(np.unique(slots)) != len(slots):
-                raise PlacementError(f"two experts share a slot on rank {rank}")
+                raise _shared_slot(rank)
 
     @property
     def num_layers(self) -> int:
@@ -66,23 +67,58 @@ class Placement:
     def copies(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """copies[layer][expert]: the ranks that hold it, home first, then ascending."""
         return tuple(
-            tuple(self._ranks_of(layer, expert) for expert in range(self.num_experts))
+            tuple(self.ranks_of(layer, expert) for expert in range(self.num_experts))
             for layer in range(self.num_layers)
         )
 
-    def _ranks_of(self, layer: int, expert: int) -> tuple[int, ...]:
+    def ranks_of(self, layer: int, expert: int) -> tuple[int, ...]:
+        """The ranks that hold one expert, home first, then ascending."""
         home = int(self.homes[layer, expert])
         others = np.flatnonzero(self.slot_table[layer, expert] >= 0).tolist()
         return (home, *(rank for rank in others if rank != home))
 
+    def changed(self, changes: Sequence[SlotChange], epoch: int) -> Placement:
+        """The next placement; PlacementError where an expert has no home then, or slots clash."""
+        if epoch != self.epoch + 1:
+            raise PlacementError(f"epoch {epoch} does not follow epoch {self.epoch}")
+        slot_table, homes = self.slot_table.copy(), self.homes.copy()
+        for change in changes:
+            slot_table[change.layer, change.expert, change.rank] = change.slot
+            if change.is_home:
+                homes[change.layer, change.expert] = change.rank
+        # Only what changed can be wrong, and a step waits for this: no check of all the rest.
+        for change in changes:
+            pair = change.layer, change.expert
+            if slot_table[*pair, homes[pair]] < 0:
+                raise _no_home(*pair)
+            slot = slot_table[*pair, change.rank]
+            if slot >= 0 and np.count_nonzero(slot_table[:, :, change.rank] == slot) != 1:
+                raise _shared_slot(change.rank)
+        return self._with(slot_table=slot_table, homes=homes, epoch=epoch)
+
+    def _with(self, **values: object) -> Placement:
+        """This placement with other values, which nobody checks."""
+        placement = object.__new__(Placement)
+        for name in (item.name for item in fields(Placement)):
+            object.__setattr__(placement, name, values.get(name, getattr(self, name)))
+        return placement
+
     def num_slots(self, rank: int) -> int:
-        """Size of that rank's slot pool."""
+        """The slots of that rank's pool that this placement needs."""
         return int(self.slot_table[:, :, rank].max(initial=-1)) + 1
 
     def hosted(self, rank: int) -> Iterator[tuple[int, int, int]]:
         """(layer, expert, slot) of everything that rank holds."""
         for layer, expert in np.argwhere(self.slot_table[:, :, rank] >= 0).tolist():
             yield layer, expert, int(self.slot_table[layer, expert, rank])
+
+
+def _no_home(layer: int, expert: int) -> PlacementError:
+    return PlacementError(f"expert {expert} of layer {layer} has no slot on its home rank")
+
+
+def _shared_slot(rank: int) -> PlacementError:
+    return PlacementError(f"two experts share a slot on rank {rank}")
 
 
 def initial_placement(

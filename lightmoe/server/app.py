@@ -24,6 +24,7 @@ from lightmoe.server.errors import answer_http_exception, answer_internal_error,
 from lightmoe.server.guard import LOOPBACK_HOSTS, Guard, allowed_hosts_for
 from lightmoe.server.info import Info
 from lightmoe.server.protocol import ServingEngine
+from lightmoe.server.routing import set_route
 from lightmoe.server.service import Service
 from lightmoe.server.tokenizer import Tokenizer
 
@@ -56,6 +57,7 @@ def create_app(
         routes=[
             Route("/v1/completions", partial(_serve, service, complete), methods=["POST"]),
             Route("/v1/chat/completions", partial(_serve, service, chat), methods=["POST"]),
+            Route("/v1/experts/route", partial(_serve, service, set_route), methods=["POST"]),
             *Info(service, is_stopping).routes(),
             *dashboard_routes(engine, has_tokenizer=tokenizer is not None, is_stopping=is_stopping),
         ],

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from lightmoe import __version__
-from lightmoe.core import LoadReport
+from lightmoe.core import BalanceReport, LoadReport
 from lightmoe.errors import UnknownModelError
 from lightmoe.server import metrics
 from lightmoe.server.openapi import openapi_document
@@ -65,6 +65,8 @@ class Info:
             "parent": None,
             "max_model_len": model.max_model_len,
             "dummy_weights": model.dummy_weights,
+            "routing_skew": model.routing_skew,
+            "vocab_size": model.vocab_size,
         }
 
     async def expert_load(self, request: Request) -> Response:
@@ -73,8 +75,11 @@ class Info:
         return JSONResponse({"model": self._service.model_names[0], **load_json(report)})
 
     async def health(self, request: Request) -> Response:
-        """200 while the engine lives."""
-        return _state_response(_why_dead(self._service.engine), {})
+        """200 while the engine lives; a balancer that has died is told, and serving goes on."""
+        engine = self._service.engine
+        report = engine.balance()
+        more = {} if report is None else {"balancer": _balancer_state(report)}
+        return _state_response(_why_dead(engine), more)
 
     async def ready(self, request: Request) -> Response:
         """200 while new requests are taken."""
@@ -108,11 +113,30 @@ def load_json(report: LoadReport) -> dict[str, Any]:
         "num_ranks": len(report.rank_kinds),
         "num_steps": report.num_steps,
         "epoch": report.epoch,
+        "route": report.route,
+        "balance": None if report.balance is None else _balance_json(report.balance),
         "rank_kinds": report.rank_kinds,
         "expert_tokens": report.expert_tokens.tolist(),
         "rank_pairs": report.rank_pairs.tolist(),
+        "rank_seconds": report.rank_seconds,
         "placement": report.placement,
     }
+
+
+def _balance_json(report: BalanceReport) -> dict[str, Any]:
+    return {
+        "state": _balancer_state(report),
+        "num_migrations": report.num_migrations,
+        "num_moved_experts": report.num_moved_experts,
+        "moved_bytes": report.moved_bytes,
+        "waited_seconds": report.waited_seconds,
+        "heartbeat_age_seconds": round(report.heartbeat_age_seconds, 3),
+        "events": [[event.epoch, event.text] for event in report.events],
+    }
+
+
+def _balancer_state(report: BalanceReport) -> str:
+    return "ok" if report.error is None else f"dead: {report.error}"
 
 
 def _why_dead(engine: ServingEngine) -> str | None:

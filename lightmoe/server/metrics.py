@@ -13,7 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from lightmoe.core import EngineStats, LoadReport
+from lightmoe.core import BalanceReport, EngineStats, LoadReport
 from lightmoe.server.protocol import ServingEngine
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -36,6 +36,8 @@ class EngineCollector(Collector):
         yield from self._engine_metrics(stats)
         yield from _rank_metrics(stats, load)
         yield from _balance_metrics(load)
+        if load.balance is not None:
+            yield from _balancer_metrics(load.balance)
         up = 0.0 if self._engine.error is not None else 1.0
         yield GaugeMetricFamily("lightmoe_engine_up", "1 while the engine runs", up)
 
@@ -101,6 +103,27 @@ def _balance_metrics(load: LoadReport) -> Iterator[Metric]:
             "the same for the layer where it is least",
             float(balancedness.min()),
         )
+
+
+def _balancer_metrics(report: BalanceReport) -> Iterator[Metric]:
+    counters = {
+        "lightmoe_migrations": ("placements reached by migration", report.num_migrations),
+        "lightmoe_migrated_experts": ("experts moved", report.num_moved_experts),
+        "lightmoe_migrated_bytes": ("bytes of experts moved", report.moved_bytes),
+        "lightmoe_migration_wait_seconds": (
+            "what steps waited for pieces of experts",
+            report.waited_seconds,
+        ),
+    }
+    for name, (text, value) in counters.items():
+        yield CounterMetricFamily(name, text, value)
+    yield GaugeMetricFamily(
+        "lightmoe_balancer_heartbeat_age_seconds",
+        "since the balancer last said that it lives",
+        report.heartbeat_age_seconds,
+    )
+    alive = 1.0 if report.error is None else 0.0
+    yield GaugeMetricFamily("lightmoe_balancer_up", "1 while the balancer lives", alive)
 
 
 def layer_balancedness(rank_pairs: np.ndarray) -> np.ndarray:

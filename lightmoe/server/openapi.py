@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from lightmoe.server.schema import ChatRequest, CompletionRequest
+from lightmoe.server.schema import ChatRequest, CompletionRequest, RouteRequest
 
 _ERROR_SCHEMA = {
     "type": "object",
@@ -54,12 +54,13 @@ _GETS = {
 def openapi_document(version: str) -> dict[str, Any]:
     """The OpenAPI 3.1 description of the server."""
     _, definitions = models_json_schema(
-        [(CompletionRequest, "validation"), (ChatRequest, "validation")],
+        [(model, "validation") for model in (CompletionRequest, ChatRequest, RouteRequest)],
         ref_template="#/components/schemas/{model}",
     )
     posts = {
         "/v1/completions": {"post": _post(CompletionRequest, "Continue prompts")},
         "/v1/chat/completions": {"post": _post(ChatRequest, "Answer a conversation")},
+        "/v1/experts/route": {"post": _post(RouteRequest, "Change the route", _OBJECT)},
     }
     return {
         "openapi": "3.1.0",
@@ -73,12 +74,14 @@ def openapi_document(version: str) -> dict[str, Any]:
     }
 
 
-def _post(model: type[BaseModel], summary: str) -> dict[str, Any]:
+def _post(
+    model: type[BaseModel], summary: str, answer: dict[str, Any] = _GENERATED
+) -> dict[str, Any]:
     schema = {"$ref": f"#/components/schemas/{model.__name__}"}
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
-        "responses": {"200": {"description": "The answer", "content": _GENERATED}}
+        "responses": {"200": {"description": "The answer", "content": answer}}
         | {
             str(status): {"description": text, "content": _ERROR}
             for status, text in _POST_ERRORS.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from lightmoe.core import EngineStats, LoadReport, ModelInfo, OutputCallback, Request
+from lightmoe.core import BalanceReport, EngineStats, LoadReport, ModelInfo, OutputCallback, Request
 from lightmoe.errors import LightMoEError
 
 
@@ -27,6 +27,12 @@ class ServingEngine(Protocol):
 
     def load(self) -> LoadReport:
         """Expert load since the start."""
+
+    def balance(self) -> BalanceReport | None:
+        """How the balancer is; None where there is none."""
+
+    def set_route(self, route: str) -> None:
+        """Routes by "waterfill", "even" or "none" from the next step on."""
 
     def stats(self) -> EngineStats:
         """Counters since the start, and what runs now."""

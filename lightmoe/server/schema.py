@@ -104,6 +104,12 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
 
+class RouteRequest(_Strict):
+    """The body of POST /v1/experts/route."""
+
+    route: Literal["waterfill", "even", "none"]
+
+
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "tools": ([],),

@@ -1,4 +1,5 @@
-"""Plans out to the ranks and results back: msgpack frames on a loopback TCP connection.
+"""Plans out to the ranks and results back: msgpack frames on a TCP connection, on loopback where
+all ranks are on this machine.
 
 One frame each way a step. No Ray call and no pickle: a frame is plain numbers, bounded in size.
 A connection begins with a token that only the ranks of this launch were given.
@@ -16,6 +17,7 @@ import numpy as np
 
 from lightmoe.core import Batch, SampledToken, SamplingStep, SequenceStep, StepResult
 from lightmoe.errors import RankError
+from lightmoe.worker.order_frames import arrival_fields, arrivals_of, order_fields, orders_of
 
 LOOPBACK = "127.0.0.1"
 MAX_FRAME_BYTES = 256 << 20
@@ -55,9 +57,9 @@ def _receive_exactly(connection: socket.socket, length: int) -> bytes | None:
     return bytes(buffer)
 
 
-def connect(port: int, rank: int, token: bytes) -> socket.socket:
+def connect(port: int, rank: int, token: bytes, host: str = LOOPBACK) -> socket.socket:
     """A rank's end: say who it is."""
-    connection = socket.create_connection((LOOPBACK, port), timeout=30)
+    connection = socket.create_connection((host, port), timeout=30)
     connection.settimeout(None)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.sendall(_HELLO.pack(rank, token))
@@ -67,9 +69,9 @@ def connect(port: int, rank: int, token: bytes) -> socket.socket:
 class StepListener:
     """The driver's end: takes one connection from each rank, and no other."""
 
-    def __init__(self, token: bytes) -> None:
+    def __init__(self, token: bytes, host: str = LOOPBACK) -> None:
         self._token = token
-        self._socket = socket.create_server((LOOPBACK, 0), backlog=1024)
+        self._socket = socket.create_server((host, 0), backlog=1024)
         self.port: int = self._socket.getsockname()[1]
 
     def accept(self, num_ranks: int, timeout_seconds: float) -> list[socket.socket]:
@@ -117,12 +119,12 @@ def pack_batch(batch: Batch) -> bytes:
         )
         for sequence in batch.sequences
     ]
-    return _pack((batch.step, batch.tokens_per_rank, sequences))
+    return _pack((batch.step, batch.tokens_per_rank, sequences, order_fields(batch.orders)))
 
 
 def unpack_batch(frame: bytes) -> Batch:
     """The inverse of pack_batch."""
-    step, tokens_per_rank, sequences = _unpack(frame)
+    step, tokens_per_rank, sequences, orders = _unpack(frame)
     return Batch(
         step,
         tokens_per_rank,
@@ -132,6 +134,7 @@ def unpack_batch(frame: bytes) -> Batch:
             )
             for identity, tokens, start, blocks, sampling in sequences
         ),
+        orders_of(orders),
     )
 
 
@@ -144,15 +147,26 @@ def pack_result(result: StepResult) -> bytes:
         (array.shape, array.astype("<i4").tobytes())
         for array in (result.expert_tokens, result.layer_pairs)
     ]
-    return _pack((result.rank, result.step, tokens, counts, result.seconds))
+    routing = None
+    if result.routing is not None:
+        routing = (result.routing.shape, result.routing.astype("<u2").tobytes())
+    arrivals = arrival_fields(result.arrivals)
+    return _pack((result.rank, result.step, tokens, counts, result.seconds, arrivals, routing))
 
 
 def unpack_result(frame: bytes) -> StepResult:
     """The inverse of pack_result."""
-    rank, step, tokens, counts, seconds = _unpack(frame)
+    rank, step, tokens, counts, seconds, arrivals, routing = _unpack(frame)
     experts, pairs = (np.frombuffer(data, dtype="<i4").reshape(shape) for shape, data in counts)
     return StepResult(
-        rank, step, tuple(SampledToken(*token) for token in tokens), experts, pairs, seconds
+        rank,
+        step,
+        tuple(SampledToken(*token) for token in tokens),
+        experts,
+        pairs,
+        seconds,
+        arrivals_of(arrivals),
+        None if routing is None else np.frombuffer(routing[1], dtype="<u2").reshape(routing[0]),
     )
 
 

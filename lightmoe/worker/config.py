@@ -8,6 +8,7 @@ from typing import Literal
 
 from lightmoe.models.config import ModelConfig
 from lightmoe.moe.placement import Placement
+from lightmoe.telemetry.rank_recorder import TraceConfig
 
 BLOCK_SIZE = 16
 """Positions in one KV block."""
@@ -15,7 +16,14 @@ BLOCK_SIZE = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
-    """All that a rank is told at its start. `num_kv_blocks` blocks hold 16 positions each."""
+    """All that a rank is told at its start. `num_kv_blocks` blocks hold 16 positions each.
+
+    With transport copy_engine ranks meet on their cards, or in the host's memory.
+    `cards` is the GPU of each rank, empty where a rank takes the first that it sees.
+    `num_free_slots` come on top of those that the placement needs; `max_recorded_tokens` is how
+    many tokens of a step have their routing recorded (0: it is not). `routing_skew` is the exponent
+    of a choice of experts that is made up; None: the gate's own.
+    """
 
     model: ModelConfig
     folder: Path
@@ -28,5 +36,24 @@ class WorkerConfig:
     num_kv_blocks: int
     num_threads: int
     seed: int
+    transport: str = "gloo"
+    peers_on_host: bool = False
+    max_num_batched_tokens: int = 512
+    max_num_seqs: int = 16
+    cards: tuple[int, ...] = ()
     deterministic: bool = True
+    num_free_slots: int = 0
+    host_copy: bool = False
+    max_recorded_tokens: int = 0
     timeout_seconds: float = 60.0
+    routing_skew: float | None = None
+    trace: TraceConfig | None = None
+
+    def device_of(self, rank: int) -> str:
+        """What torch calls that rank's device."""
+        return f"{self.device}:{self.cards[rank]}" if self.cards else self.device
+
+    @property
+    def oversubscribed(self) -> bool:
+        """Whether ranks share a card."""
+        return len(set(self.cards)) < len(self.cards)

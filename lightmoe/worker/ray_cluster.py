@@ -15,10 +15,11 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
 from lightmoe.config import MAX_RANKS
 from lightmoe.errors import MachineError
+from lightmoe.worker.channel import LOOPBACK
 
 _RANK = "lightmoe_rank"
 """A resource of the Ray that is started here: what a rank takes, however few cores there are."""
@@ -82,23 +83,42 @@ def release() -> None:
 
 
 def place(num_ranks: int, bundle: dict[str, float]) -> PlacementGroup:
-    """Room for all ranks on this node; MachineError says what is free."""
-    group: PlacementGroup = placement_group([bundle] * num_ranks, strategy="STRICT_PACK")
+    """Room for all ranks, on as few nodes as there can be; MachineError says what is free."""
+    group: PlacementGroup = placement_group([bundle] * num_ranks, strategy="PACK")
     try:
         ray.get(group.ready(), timeout=_PLACE_TIMEOUT_SECONDS)
     except GetTimeoutError as error:
         raise MachineError(
-            f"Ray has no room for {num_ranks} ranks of {bundle} on this node;"
+            f"Ray has no room for {num_ranks} ranks of {bundle};"
             f" the cluster has {ray.available_resources()} free"
         ) from error
     return group
 
 
+@dataclass(frozen=True, slots=True)
+class Hosts:
+    """The addresses at which the driver and each rank are reached by the others."""
+
+    driver: str
+    ranks: tuple[str, ...]
+
+
+def hosts_of(group: PlacementGroup) -> Hosts:
+    """Those of the nodes where the ranks were placed; loopback where all are this one."""
+    node_of_bundle = placement_group_table(group)["bundles_to_node_id"]
+    address_of = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    driver = ray.util.get_node_ip_address()
+    ranks = tuple(address_of[node_of_bundle[rank]] for rank in range(len(node_of_bundle)))
+    if {driver} == set(ranks):
+        return Hosts(LOOPBACK, (LOOPBACK,) * len(ranks))
+    return Hosts(driver, ranks)
+
+
 def _bundle(config: RayConfig) -> dict[str, float]:
-    """What one rank needs. The last entry ties it to this node: our sockets are loopback."""
+    """What one rank needs."""
     gpus = {"GPU": float(config.gpus_per_rank)} if config.gpus_per_rank else {}
     room = {_RANK: 1.0} if _shared.reaper is not None else {"CPU": 1.0}
-    return {**room, **gpus, f"node:{ray.util.get_node_ip_address()}": 0.0001}
+    return {**room, **gpus}
 
 
 def _connect(num_ranks: int, config: RayConfig, num_threads: int) -> None:

@@ -30,6 +30,8 @@ Progress = Callable[[str, int, int], None]
 
 _START_TIMEOUT_SECONDS = 120.0
 _LOAD_TIMEOUT_SECONDS = 1800.0
+_TRACE_SECONDS = 20.0
+"""How long ranks may take to write their traces when the end comes early."""
 
 
 class RankActor:
@@ -42,24 +44,24 @@ class RankActor:
         self._rank = rank
         self._rendezvous: object | None = None
 
-    def open_rendezvous(self, timeout_seconds: float) -> int:
+    def open_rendezvous(self, timeout_seconds: float, host: str) -> int:
         """The port of the store where ranks meet; rank 0 keeps it."""
         from lightmoe.distributed.communicator import Rendezvous
 
-        rendezvous = Rendezvous(timeout_seconds)
+        rendezvous = Rendezvous(timeout_seconds, host)
         self._rendezvous = rendezvous
         return rendezvous.port
 
-    def load(self, rendezvous_port: int) -> RankInfo:
+    def load(self, rendezvous_port: int, host: str, rendezvous_host: str) -> RankInfo:
         """Join the group and load the weights."""
-        self._worker.join(rendezvous_port)
+        self._worker.join(rendezvous_port, host, rendezvous_host)
         return self._worker.load()
 
-    def run_steps(self, port: int, token: bytes) -> None:
+    def run_steps(self, port: int, token: bytes, host: str) -> None:
         """Serve steps until the driver closes the channel, or is gone."""
         from lightmoe.worker.worker import run_steps
 
-        with channel.connect(port, self._rank, token) as connection:
+        with channel.connect(port, self._rank, token, host) as connection:
 
             def receive() -> Batch | None:
                 frame = channel.receive_frame(connection)
@@ -86,6 +88,7 @@ class RayWorkerGroup:
         self._runs: list[Any] = []
         self._group: PlacementGroup | None = None
         self._closed = False
+        self._is_traced = config.trace is not None
         bundle = ray_cluster.acquire(self._num_ranks, ray_config, config.num_threads)
         try:
             self._start(config, bundle, progress)
@@ -106,12 +109,20 @@ class RayWorkerGroup:
         ]
         ready = [actor.__ray_ready__.remote() for actor in self._actors]
         _gather(ready, "start", _START_TIMEOUT_SECONDS, progress)
-        port = ray.get(self._actors[0].open_rendezvous.remote(config.timeout_seconds))
-        loads = [actor.load.remote(port) for actor in self._actors]
+        hosts = ray_cluster.hosts_of(group)
+        meeting_place = hosts.ranks[0]
+        opened = self._actors[0].open_rendezvous.remote(config.timeout_seconds, meeting_place)
+        port = ray.get(opened)
+        loads = [
+            actor.load.remote(port, host, meeting_place)
+            for actor, host in zip(self._actors, hosts.ranks, strict=True)
+        ]
         self.ranks: Sequence[RankInfo] = _gather(loads, "load", _LOAD_TIMEOUT_SECONDS, progress)
         token = secrets.token_bytes(32)
-        with contextlib.closing(channel.StepListener(token)) as listener:
-            self._runs = [actor.run_steps.remote(listener.port, token) for actor in self._actors]
+        with contextlib.closing(channel.StepListener(token, hosts.driver)) as listener:
+            self._runs = [
+                actor.run_steps.remote(listener.port, token, hosts.driver) for actor in self._actors
+            ]
             self._connections = listener.accept(self._num_ranks, timeout_seconds=30)
         for connection in self._connections:
             connection.settimeout(self._step_timeout_seconds)
@@ -174,6 +185,8 @@ class RayWorkerGroup:
         for connection in self._connections:
             connection.close()
         if ray.is_initialized():  # the user's own script may have shut it down
+            if self._is_traced and self._runs:
+                ray.wait(self._runs, num_returns=len(self._runs), timeout=_TRACE_SECONDS)
             for actor in self._actors:
                 ray.kill(actor)
             if self._group is not None:

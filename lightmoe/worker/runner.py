@@ -12,7 +12,9 @@ from lightmoe.layers.attention import KVCache
 from lightmoe.layers.batched_attention import one_kernel
 from lightmoe.models.decoder import Decoder
 from lightmoe.moe.dispatch import ExpertGroup
+from lightmoe.telemetry.trace import span
 from lightmoe.worker.device_sampler import sample_rows, stays_on_device
+from lightmoe.worker.graphs import DecodeGraphs
 from lightmoe.worker.inputs import step_inputs
 from lightmoe.worker.sampler import sample
 
@@ -20,27 +22,69 @@ from lightmoe.worker.sampler import sample
 class Runner:
     """Turns plans into tensors. It knows the model, the cache and the group, not the engine."""
 
-    def __init__(self, decoder: Decoder, group: ExpertGroup, cache: KVCache) -> None:
+    def __init__(
+        self, decoder: Decoder, group: ExpertGroup, cache: KVCache, *, use_graphs: bool = True
+    ) -> None:
         self._decoder = decoder
         self._group = group
         self._cache = cache
+        self._graphs: DecodeGraphs | None = None
+        if use_graphs and DecodeGraphs.serve(group, cache):
+            self._graphs = DecodeGraphs(decoder, group, cache)
 
     def step(self, batch: Batch) -> StepResult:
         """Run the batch; a rank without sequences serves its experts with zero rows."""
         started = time.perf_counter()
         if not sum(batch.tokens_per_rank):
             return self._result(batch, (), started)
-        self._group.tokens_per_rank = batch.tokens_per_rank
-        inputs = step_inputs(batch.sequences, self._cache, self._decoder.rotary)
+        graphs, num_rows = self._graphs, 0
+        if graphs is not None:
+            # Every rank sees the same numbers, so all of them pad or none does.
+            num_rows = graphs.padded(batch.tokens_per_rank)
+        self._group.tokens_per_rank = (
+            (num_rows,) * len(batch.tokens_per_rank) if num_rows else batch.tokens_per_rank
+        )
+        if graphs is not None and num_rows and graphs.fits(batch.sequences):
+            return self._result(batch, self._replay(graphs, batch, num_rows), started)
+        with span("inputs"):
+            inputs = step_inputs(batch.sequences, self._cache, self._decoder.rotary)
         with one_kernel(self._cache):
             hidden = self._decoder.forward(inputs.token_ids, inputs.attention)
+        if self._group.peers is not None:
+            self._group.peers.count_pairs()
         tokens: tuple[SampledToken, ...] = ()
         if inputs.sampled:
-            logits = self._decoder.logits(hidden.index_select(0, inputs.last_rows))
-            tokens = choose(logits, inputs.sampled)
+            with span("sampler"):
+                logits = self._decoder.logits(hidden.index_select(0, inputs.last_rows))
+                tokens = choose(logits, inputs.sampled)
         return self._result(batch, tokens, started)
 
+    def _replay(
+        self, graphs: DecodeGraphs, batch: Batch, num_rows: int
+    ) -> tuple[SampledToken, ...]:
+        alone = self._group.peers is None
+        pairs = self._group.layer_pairs.copy()
+        with span("graph"):
+            logits = graphs.run(batch.sequences, num_rows)
+        if alone:  # what a recorded step does on the host, it does once
+            num_pairs = len(batch.sequences) * self._decoder.num_experts_per_token
+            self._group.layer_pairs[:] = pairs + num_pairs
+        sampled = [
+            (row, sequence.sequence_id, sequence.sampling)
+            for row, sequence in enumerate(batch.sequences)
+            if sequence.sampling is not None
+        ]
+        if not sampled:
+            return ()
+        if len(sampled) < len(logits):
+            logits = logits[[row for row, _, _ in sampled]]
+        with span("sampler"):
+            return choose(logits, tuple((number, sampling) for _, number, sampling in sampled))
+
     def _result(self, batch: Batch, tokens: tuple[SampledToken, ...], started: float) -> StepResult:
+        if self._group.peers is not None:
+            self._group.layer_pairs += self._group.peers.take_pairs()
+            self._group.peers.check()
         layer_pairs = self._group.layer_pairs.astype(np.int32)
         self._group.layer_pairs[:] = 0
         return StepResult(

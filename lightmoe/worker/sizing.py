@@ -27,7 +27,10 @@ class Sizing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """What a launch asks; `rank_bytes` is what one rank may use for weights and cache."""
+    """What a launch asks; `rank_bytes` is what one rank may use for weights and cache.
+
+    `num_free_slots` a rank stay empty, for experts on their way.
+    """
 
     model: ModelConfig
     num_ranks: int
@@ -37,6 +40,7 @@ class Demand:
     max_model_len: int
     max_num_seqs: int
     on_cpu: bool
+    num_free_slots: int = 0
 
 
 def size_ranks(demand: Demand) -> Sizing:
@@ -52,7 +56,7 @@ def size_ranks(demand: Demand) -> Sizing:
     blocks_per_sequence = -(-demand.max_model_len // BLOCK_SIZE)
 
     def fits(placement: Placement) -> bool:
-        slots = _max_slots(placement)
+        slots = _max_slots(placement) + demand.num_free_slots
         need = slots * expert_bytes + dense_bytes + blocks_per_sequence * block_bytes
         return need <= demand.rank_bytes
 
@@ -67,7 +71,8 @@ def size_ranks(demand: Demand) -> Sizing:
     replicas = bisect.bisect(range(1, most + 1), False, key=lambda n: not fits(_place(demand, n)))
     if replicas:
         placement = _place(demand, replicas)
-    weight_bytes = _max_slots(placement) * expert_bytes + dense_bytes
+    slots = _max_slots(placement) + demand.num_free_slots
+    weight_bytes = slots * expert_bytes + dense_bytes
     budget = demand.rank_bytes - weight_bytes
     if demand.on_cpu:
         # Other programs want the rest of the machine's memory.
@@ -108,7 +113,7 @@ def _too_small(
     block_bytes: int,
     blocks_per_sequence: int,
 ) -> MachineError:
-    slots = _max_slots(placement)
+    slots = _max_slots(placement) + demand.num_free_slots
     weights = slots * expert_bytes + dense_bytes
     left = demand.rank_bytes - weights
     have = f"a rank may use {_size(demand.rank_bytes)}"
@@ -120,9 +125,14 @@ def _too_small(
             f" {_size(weights)} of weights, {have}; give --max-model-len {longest}"
         )
     return MachineError(
-        f"the weights need {_size(weights)} on a rank ({slots} experts and the dense"
-        f" layers), {have}; use more ranks (--gpus), a smaller model or more memory"
+        f"the weights need {_size(weights)} on a rank ({slots} experts"
+        f"{_of_them_free(demand)} and the dense layers), {have};"
+        " use more ranks (--gpus), a smaller model or more memory"
     )
+
+
+def _of_them_free(demand: Demand) -> str:
+    return f", {demand.num_free_slots} of them --free-slots," if demand.num_free_slots else ""
 
 
 def _size(num_bytes: int) -> str:

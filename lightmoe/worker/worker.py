@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from lightmoe.core import Batch, RankInfo, StepResult
-from lightmoe.distributed.communicator import Communicator
+from lightmoe.distributed.communicator import LOOPBACK, Communicator
+from lightmoe.distributed.nccl import NcclCommunicator, nccl_environment
 from lightmoe.kernels.checks import HALF_DTYPES
 from lightmoe.kernels.library import library
 from lightmoe.layers.attention import KVCache
 from lightmoe.models.checkpoint import read_index
-from lightmoe.models.decoder import Decoder, Parts, load_experts
+from lightmoe.models.decoder import Decoder, Parts, load_experts, read_expert
 from lightmoe.models.weights import DummyReader, SafetensorsReader, WeightReader
 from lightmoe.moe.dispatch import ExpertGroup
+from lightmoe.moe.dispatch.copy_engine import PeerLane
+from lightmoe.moe.load import LoadCounter
+from lightmoe.moe.skew import RoutingSkew
+from lightmoe.telemetry.rank_recorder import RankRecorder
 from lightmoe.worker.config import BLOCK_SIZE, WorkerConfig
+from lightmoe.worker.mover import HostCopy, Mover
+from lightmoe.worker.peers import open_lane
 from lightmoe.worker.runner import Runner
 
 
@@ -27,25 +36,56 @@ class Worker:
     def __init__(self, rank: int, config: WorkerConfig) -> None:
         self.rank = rank
         self._config = config
+        self._device = torch.device(config.device_of(rank))
         self._communicator: Communicator | None = None
+        self._nccl: NcclCommunicator | None = None
         self._runner: Runner | None = None
+        self._mover: Mover | None = None
+        self._load: LoadCounter | None = None
+        self._group: ExpertGroup | None = None
+        self._recorder: RankRecorder | None = None
+        if config.trace is not None:
+            self._recorder = RankRecorder(rank, config.trace, on_gpu=config.device != "cpu")
         # A row's bits may depend on how a product is cut over threads: one count for the whole run.
         torch.set_num_threads(config.num_threads)
         # TF32 would make float32 on a GPU something else than float32 on a CPU.
         torch.backends.cuda.matmul.allow_tf32 = False
 
-    def join(self, port: int) -> None:
-        """Meet the other ranks at the rendezvous; a rank alone has none."""
+    def join(self, port: int, host: str = LOOPBACK, store_host: str = LOOPBACK) -> None:
+        """Meet the other ranks at the rendezvous, reachable at `host`; a rank alone has none."""
         num_ranks = self._config.placement.num_ranks
         if num_ranks > 1:
             self._communicator = Communicator(
-                self.rank, num_ranks, port, self._config.timeout_seconds
+                self.rank,
+                num_ranks,
+                port,
+                self._config.timeout_seconds,
+                host=host,
+                store_host=store_host,
             )
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        if self._communicator is not None and self._config.transport == "nccl":
+            self._nccl = self._join_nccl(self._communicator)
+
+    def _join_nccl(self, control: Communicator) -> NcclCommunicator:
+        config = self._config
+        os.environ.update(
+            nccl_environment(self.rank, host=control.host, oversubscribed=config.oversubscribed)
+        )
+        return NcclCommunicator(
+            self.rank, control.num_ranks, control, self._device, config.timeout_seconds
+        )
+
+    def _open_lane(self, dtype: torch.dtype) -> PeerLane | None:
+        if self._communicator is None or self._config.transport != "copy_engine":
+            return None
+        return open_lane(self._config, self._communicator, self._device, dtype)
 
     def load(self) -> RankInfo:
         """Read what this rank hosts, make its cache, and say what it has."""
         config = self._config
-        dtype, device = getattr(torch, config.dtype), torch.device(config.device)
+        dtype, device = getattr(torch, config.dtype), self._device
         if device.type == "cuda" and dtype in HALF_DTYPES:
             library().architecture_of(device)  # its errors before minutes of loading
         model = config.model
@@ -53,18 +93,22 @@ class Worker:
             rank=self.rank,
             placement=config.placement,
             communicator=self._communicator,
+            nccl=self._nccl,
+            peers=self._open_lane(dtype),
             route=config.route,
             layer_pairs=np.zeros(len(model.moe_layers), dtype=np.int64),
             deterministic=config.deterministic,
         )
-        read: WeightReader
-        if config.load_format == "dummy":
-            read = DummyReader(model, config.seed, dtype, device)
-        else:
-            read = SafetensorsReader(read_index(config.folder), dtype, device)
-        pool = load_experts(model, read, group, dtype, device)
+        read = self._new_reader(dtype, device)
+        pool = load_experts(model, read, group, dtype, device, config.num_free_slots)
+        exponent = config.routing_skew
         parts = Parts(
-            config=model, read=read, group=group, pool=pool, deterministic=config.deterministic
+            config=model,
+            read=read,
+            group=group,
+            pool=pool,
+            deterministic=config.deterministic,
+            skew=None if exponent is None else RoutingSkew(exponent, config.seed),
         )
         decoder = Decoder(parts, config.max_model_len)
         cache = KVCache(
@@ -75,21 +119,83 @@ class Worker:
             dtype,
             device,
         )
-        self._runner = Runner(decoder, group, cache)
+        # What is recorded for a trace of the routing is counted on the host.
+        self._runner = Runner(decoder, group, cache, use_graphs=not config.max_recorded_tokens)
+        self._group = group
+        self._load = decoder.load
+        if config.max_recorded_tokens:
+            decoder.load.record(config.max_recorded_tokens, model.num_experts_per_tok)
+        host_copy = self._new_host_copy(pool.blobs) if config.host_copy else None
+        self._mover = Mover(group, pool.blobs, self._communicator, host_copy)
         return RankInfo(
             rank=self.rank,
             kind=config.placement.rank_kinds[self.rank],
-            device=config.device,
-            num_slots=config.placement.num_slots(self.rank),
+            device=str(device),
+            num_slots=len(pool.blobs),
             weight_bytes=pool.num_bytes + model.dense_elements * pool.blobs.element_size(),
             num_kv_blocks=config.num_kv_blocks,
             pid=os.getpid(),
+            expert_bytes=pool.num_bytes // max(len(pool.blobs), 1),
         )
 
     def step(self, batch: Batch) -> StepResult:
-        """Run one step."""
+        """Run one step, and record it where it is one of those to be traced."""
+        if self._recorder is None:
+            return self._step(batch)
+        assert self._group is not None, "load before step"
+        with self._recorder.step(batch.step) as note:
+            result = self._step(batch)
+            note.bytes_sent = self._group.take_bytes_sent()
+        return result
+
+    def finish(self) -> None:
+        """Write the trace of a run that ends before all steps to be traced were run."""
+        if self._recorder is not None:
+            self._recorder.close()
+
+    def _step(self, batch: Batch) -> StepResult:
         assert self._runner is not None, "load before step"
-        return self._runner.step(batch)
+        assert self._mover is not None
+        started = time.perf_counter()
+        if batch.orders is not None:
+            self._mover.begin(batch.orders)
+        before = time.perf_counter() - started
+        result = self._runner.step(batch)
+        if self._nccl is not None:
+            self._nccl.check()  # an exchange that was ended leaves numbers that mean nothing
+        return replace(
+            result,
+            seconds=result.seconds + before,
+            arrivals=self._mover.arrivals(),
+            routing=self._recorded(batch),
+        )
+
+    def _recorded(self, batch: Batch) -> np.ndarray | None:
+        """The experts of this rank's tokens [T, L, K], where they are recorded."""
+        num_tokens = batch.tokens_per_rank[self.rank]
+        if self._load is None or not self._config.max_recorded_tokens or not num_tokens:
+            return None
+        return self._load.take_routing(num_tokens)
+
+    def _new_reader(self, dtype: torch.dtype, device: torch.device) -> WeightReader:
+        config = self._config
+        if config.load_format == "dummy":
+            return DummyReader(config.model, config.seed, dtype, device)
+        return SafetensorsReader(read_index(config.folder), dtype, device)
+
+    def _new_host_copy(self, blobs: torch.Tensor) -> HostCopy:
+        """The checkpoint's files as the host's copy: all ranks of a node map the same pages.
+
+        What is read becomes a blob by the code that filled the slots, so the bytes are equal.
+        """
+        read = self._new_reader(blobs.dtype, blobs.device)  # another thread's, with its own files
+        scratch = blobs.new_empty(blobs.shape[1])
+
+        def host_copy(layer: int, expert: int) -> torch.Tensor:
+            read_expert(self._config.model, read, layer, expert, scratch)
+            return scratch.view(torch.uint8)
+
+        return host_copy
 
 
 def run_steps(
@@ -99,3 +205,4 @@ def run_steps(
     with torch.inference_mode():
         while (batch := receive()) is not None:
             send(worker.step(batch))
+    worker.finish()

@@ -15,6 +15,7 @@ from lightmoe.moe.experts import Experts, SlotPool
 from lightmoe.moe.gate import Gate
 from lightmoe.moe.layer import MoELayer
 from lightmoe.moe.load import LoadCounter
+from lightmoe.moe.overlap_model import Overlap
 from lightmoe.moe.placement import Placement
 from lightmoe.quant.packing import ExpertLayout
 
@@ -130,6 +131,6 @@ class LayerWeights:
             LoadCounter(1, num_experts, device),
             make_dispatcher(group, 0, device, experts.tokens_per_tile),
             experts,
-            num_chunks=num_chunks,
+            overlap=Overlap(num_chunks=num_chunks),
         )
         return layer, group

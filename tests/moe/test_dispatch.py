@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightmoe.distributed.communicator import Communicator
-from lightmoe.moe.dispatch import ExpertGroup, GlooDispatcher, LocalDispatcher, make_dispatcher
+from lightmoe.moe.dispatch import Dispatcher, ExpertGroup, make_dispatcher
 from lightmoe.moe.dispatch.base import chunk_of
 from lightmoe.moe.gate import Choice
 from lightmoe.moe.placement import Placement
@@ -118,7 +118,7 @@ def test_identity_experts_give_back_what_was_dispatched(
     hidden = torch.randint(-99, 99, (sum(case.tokens_per_rank), WIDTH), generator=generator).float()
 
     def task(
-        dispatcher: GlooDispatcher | LocalDispatcher, group: ExpertGroup, choice: Choice
+        dispatcher: Dispatcher, group: ExpertGroup, choice: Choice
     ) -> Tensor:
         mine = hidden[case.of_rank(group.rank)]
         output = torch.full_like(mine, float("nan"))
@@ -147,7 +147,7 @@ def test_every_pair_is_computed_once_by_a_holder_of_its_expert(
     }
 
     def task(
-        dispatcher: GlooDispatcher | LocalDispatcher, group: ExpertGroup, choice: Choice
+        dispatcher: Dispatcher, group: ExpertGroup, choice: Choice
     ) -> tuple[list[tuple[int, int]], list[int], int]:
         met, rows_here = [], []
         for receipt in dispatcher.route(choice, case.num_chunks):

@@ -1,6 +1,11 @@
-"""Routes: nothing is lost, pouring is level, and the loads are as even as a linear program says."""
+"""Routes: nothing is lost, pouring is level, the loads are as even as a linear program says, and
+the active experts as few as a search through all choices finds.
+"""
 
 from __future__ import annotations
+
+import itertools
+import logging
 
 import numpy as np
 import pytest
@@ -8,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
+from lightmoe.kernels import host_route
+from lightmoe.moe import route as route_module
 from lightmoe.moe.placement import initial_placement
 from lightmoe.moe.route import (
     NUM_SWEEPS,
@@ -15,11 +22,15 @@ from lightmoe.moe.route import (
     Copies,
     Shares,
     assign,
+    choose_objective,
     pair_ranks,
     pour,
     route_even,
+    route_fewest,
     route_home,
     route_waterfill,
+    share_tokens,
+    split_over_copies,
 )
 from tests.moe.cases import random_copies, zipf_choice, zipf_tokens
 
@@ -186,7 +197,7 @@ def test_assign_fills_every_share_and_keeps_tokens_at_home_first(
 ) -> None:
     experts, source, copies, num_ranks = case
     counts = counts_of(experts, source, len(copies), num_ranks)
-    shares = ROUTES[route](counts.sum(axis=0).tolist(), copies, num_ranks)
+    shares = share_tokens(counts, copies, route, NUM_SWEEPS)
 
     assigned = assign(counts, copies, shares)
 
@@ -211,9 +222,105 @@ def test_every_pair_goes_to_a_holder_and_every_holder_gets_its_share(
 
     assert target.shape == experts.shape
     counts = counts_of(experts, source, len(copies), num_ranks)
-    shares = ROUTES[route](counts.sum(axis=0).tolist(), copies, num_ranks)
+    shares = share_tokens(counts, copies, route, NUM_SWEEPS)
     arrived = np.zeros((len(copies), num_ranks), dtype=np.int64)
     np.add.at(arrived, (experts.ravel(), target.ravel()), 1)
     for expert, ranks in enumerate(copies):
         assert arrived[expert, ranks].tolist() == shares[expert]
     assert arrived.sum() == experts.size
+
+
+def most_active(shares: Shares, copies: Copies, num_ranks: int) -> int:
+    """Experts with tokens on the rank that has most of them."""
+    active = [[int(tokens > 0) for tokens in share] for share in shares]
+    return max(rank_loads(active, copies, num_ranks))
+
+
+def least_active(expert_tokens: list[int], copies: Copies, num_ranks: int) -> int:
+    """The least that any choice of one copy for each active expert gives: all are tried."""
+    holders = [ranks for ranks, tokens in zip(copies, expert_tokens, strict=True) if tokens]
+    return min(
+        max(np.bincount(np.array(choice, dtype=np.int64), minlength=num_ranks))
+        for choice in itertools.product(*holders)
+    )
+
+
+@EXAMPLES
+@given(seed=SEEDS)
+def test_fewest_is_at_most_one_expert_from_the_optimum(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    num_ranks, num_experts = int(generator.integers(1, 6)), int(generator.integers(1, 9))
+    copies = random_copies(generator, num_experts, num_ranks, int(generator.integers(10)))
+    tokens = generator.integers(3, size=num_experts).tolist()
+
+    shares = route_fewest(tokens, copies, num_ranks)
+
+    assert all(sum(share_tokens > 0 for share_tokens in share) <= 1 for share in shares)
+    optimum = least_active(tokens, copies, num_ranks)
+    assert optimum <= most_active(shares, copies, num_ranks) <= optimum + 1
+
+
+def test_fewest_mostly_reaches_the_optimum_and_beats_level_tokens() -> None:
+    num_ranks, above, poured = 5, 0, 0
+    for seed in range(100):
+        generator = np.random.default_rng(seed)
+        copies = random_copies(generator, 8, num_ranks, 8)
+        tokens = zipf_tokens(generator, 8, 30, skew=1.0)
+        optimum = least_active(tokens, copies, num_ranks)
+        above += most_active(route_fewest(tokens, copies, num_ranks), copies, num_ranks) - optimum
+        level = route_waterfill(tokens, copies, num_ranks)
+        poured += most_active(level, copies, num_ranks) - optimum
+    assert above <= 10
+    assert poured >= 50
+
+
+def test_fewest_stays_with_most_of_its_tokens_then_with_the_first_copy() -> None:
+    copies = [[0, 1, 2]]
+    assert share_tokens(np.array([[1], [2], [5]]), copies, "fewest", 4) == [[0, 0, 8]]
+    assert share_tokens(np.array([[1], [2], [2]]), copies, "fewest", 4) == [[0, 5, 0]]
+    assert route_fewest([5], copies, 3) == [[5, 0, 0]]
+    # The expert without a choice comes first, whatever has more tokens.
+    assert route_fewest([9, 1], [[0, 1], [0]], 2) == [[0, 9], [1]]
+    assert route_fewest([9, 0], [[0, 1], [0]], 2, sweeps=0) == [[9, 0], [0]]
+
+
+def test_the_objective_follows_the_roofline() -> None:
+    card = {"flops_per_second": 1e15, "bytes_per_second": 4e12}  # 250 tokens for two bytes
+
+    few = choose_objective(240 * 8, 8, **card)
+    many = choose_objective(260 * 8, 8, **card)
+
+    assert (few.route, many.route) == ("fewest", "waterfill")
+    assert few.reason == "240.0 tokens an active expert of 250.0: bound by memory"
+    assert many.reason == "260.0 tokens an active expert of 250.0: bound by computing"
+    assert choose_objective(100 * 8, 8, **card, bytes_per_weight=0.5).route == "waterfill"
+    assert choose_objective(0, 0, **card).reason == "no tokens"
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@EXAMPLES
+@given(case=choices())
+def test_the_split_is_the_reference_with_and_without_a_compiler(
+    route: str, case: tuple[np.ndarray, np.ndarray, list[list[int]], int]
+) -> None:
+    experts, source, copies, num_ranks = case
+    counts = counts_of(experts, source, len(copies), num_ranks)
+
+    found = split_over_copies(counts, copies, route)
+
+    assert (found == assign(counts, copies, share_tokens(counts, copies, route, NUM_SWEEPS))).all()
+
+
+def test_without_a_compiled_route_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(host_route, "library_path", lambda: None)
+    route_module._say_that_it_is_slow.cache_clear()
+    counts = np.array([[3, 1], [0, 2]])
+
+    with caplog.at_level(logging.WARNING, logger="lightmoe.route"):
+        splits = [split_over_copies(counts, [[0, 1], [1]], "waterfill") for _ in range(3)]
+
+    assert splits[0].sum() == 6
+    (record,) = caplog.records
+    assert "numpy computes it, slower; install a C++17 compiler" in record.getMessage()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from lightmoe.core import ModelInfo, Request, SampledToken, SamplingParams, SamplingStep
+from lightmoe.engine.balance import RoutingRecorder, StepBalancer
 from lightmoe.engine.engine import Engine, SchedulerConfig
 from lightmoe.models.config import read_config
 from lightmoe.worker import runner
@@ -61,7 +62,11 @@ def new_config(
 
 @contextmanager
 def running_engine(
-    config: WorkerConfig, max_num_seqs: int, max_num_batched_tokens: int
+    config: WorkerConfig,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    new_balancer: Callable[[LocalWorkerGroup], StepBalancer] | None = None,
+    recorder: RoutingRecorder | None = None,
 ) -> Iterator[Engine]:
     """A started engine over LocalWorkerGroup, closed at the end."""
     model = config.model
@@ -79,7 +84,9 @@ def running_engine(
     limits = SchedulerConfig(
         max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
     )
-    engine = Engine(info, LocalWorkerGroup(config), limits)
+    group = LocalWorkerGroup(config)
+    balancer = None if new_balancer is None else new_balancer(group)
+    engine = Engine(info, group, limits, route=config.route, balancer=balancer, recorder=recorder)
     engine.start()
     try:
         yield engine

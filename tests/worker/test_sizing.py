@@ -126,6 +126,17 @@ def test_without_spares_replicas_begin_at_four_ranks(
     assert "spare" not in sizing.placement.rank_kinds
 
 
+def test_free_slots_are_paid_for_and_named_where_they_do_not_fit(demand: Demand) -> None:
+    free = replace(demand, num_free_slots=2)
+
+    assert size_ranks(free).weight_bytes == size_ranks(demand).weight_bytes + 2 * expert_bytes(
+        demand
+    )
+    assert num_replicas(size_ranks(replace(free, rank_bytes=needed(demand, 14)))) == 6
+    with pytest.raises(MachineError, match=r"\(6 experts, 2 of them --free-slots, and the dense"):
+        size_ranks(replace(free, rank_bytes=10 << 20))
+
+
 def test_a_cpu_rank_leaves_memory_to_others(demand: Demand) -> None:
     greedy = replace(demand, rank_bytes=100 * GIB, max_model_len=4096, max_num_seqs=1000)
 

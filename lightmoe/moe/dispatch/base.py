@@ -7,16 +7,22 @@ computed here, L layers that have experts, E experts, W ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from lightmoe.distributed.communicator import Communicator
+from lightmoe.distributed.communicator import Communicator, Exchanger
 from lightmoe.kernels import PairGroups
 from lightmoe.moe.gate import Choice, PairSort
 from lightmoe.moe.placement import Placement
+from lightmoe.moe.tables import PlacementTables
+from lightmoe.telemetry.trace import recording
+
+if TYPE_CHECKING:
+    from lightmoe.moe.dispatch.copy_engine import PeerLane
 
 TokensPerTile = Callable[[int, int], int]
 """How many pairs a tile of the experts' products has, for P pairs in so many groups."""
@@ -29,10 +35,11 @@ class Receipt:
     | field | meaning |
     |---|---|
     | tokens | the chunk: this rank's tokens, as a slice of 0 .. T |
-    | pair_row [P] | row of each pair, pairs sorted by slot |
     | groups | which pairs are whose: one group a slot |
+    | pair_row [P] | row of each pair, pairs sorted by slot; None: row p is pair p |
     | pair_index [T, K] | where each pair's result lies in what combine gets back |
     | pair_weight [P] | the routing weights, where the experts apply them and combine does not |
+    | expected | pairs and groups to plan for, where those of `groups` are only bounds |
     | send_row [rows sent] | token of each row sent, by destination rank, then token |
     | rows_sent, rows_received [W] | rows to / from each rank |
     | return_order [P] | slot-sorted pair of each pair in the order results travel back |
@@ -43,10 +50,11 @@ class Receipt:
     """
 
     tokens: slice
-    pair_row: Tensor
     groups: PairGroups
-    pair_index: Tensor
+    pair_row: Tensor | None = None
+    pair_index: Tensor | None = None
     pair_weight: Tensor | None = None
+    expected: tuple[int, int] | None = None
     send_row: Tensor | None = None
     rows_sent: Sequence[int] = ()
     rows_received: Sequence[int] = ()
@@ -58,12 +66,22 @@ class Receipt:
 class Dispatcher(Protocol):
     """Rows out to the ranks that hold the experts, results back. One a layer.
 
-    `pair_sort` is how the gate may sort the pairs where none of them travels, else None.
+    `pair_sort` is how the gate may sort the pairs where none of them travels, else None. `stream`
+    is where a GPU's exchange may run beside the experts.
     """
 
     pair_sort: PairSort | None
+    stream: torch.cuda.Stream | None = None
 
-    def route(self, choice: Choice, num_chunks: int) -> list[Receipt]:
+    def most_tokens(self, hidden: Tensor) -> int:
+        """Tokens of the fullest rank in this step, [T, D] being this one's."""
+        return len(hidden)
+
+    def publish(self, hidden: Tensor) -> None:
+        """These are the hidden states [T, D] of the next route."""
+        return None  # noqa: RET501  (an empty body would be abstract)
+
+    def route(self, choice: Choice, num_chunks: int) -> Sequence[Receipt]:
         """One exchange of what all ranks chose, then where every pair of each chunk goes."""
         ...
 
@@ -71,9 +89,19 @@ class Dispatcher(Protocol):
         """This chunk's rows, one per (token, rank): [T, D] -> [R, D]."""
         ...
 
+    def output_of(self, receipt: Receipt) -> Tensor | None:
+        """Where the experts write the chunk's results [P, D]; None: into memory of their own."""
+        return None
+
     def combine(self, pairs: Tensor, weights: Tensor, receipt: Receipt) -> Tensor:
         """Results back to their tokens, weighted, summed: [P, D] -> [T of the chunk, D]."""
         ...
+
+    def exchange(
+        self, dispatch: tuple[Tensor, Receipt], combine: tuple[Tensor, Tensor, Receipt]
+    ) -> tuple[Tensor, Tensor]:
+        """dispatch(*dispatch) of one chunk, combine(*combine) of another, the same everywhere."""
+        return self.dispatch(*dispatch), self.combine(*combine)
 
 
 @dataclass(slots=True)
@@ -81,8 +109,12 @@ class ExpertGroup:
     """The ranks over which the experts are spread, as one rank sees them.
 
     `tokens_per_rank` is set by the runner before each step: the engine knows it, so no exchange is
-    needed for it. `layer_pairs` [L] counts pairs computed here since it was last taken. Without
-    `deterministic` the routing weights may be applied before the results travel.
+    needed for it. `num_real` int32 [1] is how many of this rank's rows are tokens, where they are
+    padded; None: all of them. `communicator` is None for a rank alone; `nccl` is for what is on
+    GPUs. `layer_pairs` [L] counts pairs computed here since it was last taken. Without
+    `deterministic` the routing weights may be applied before the results travel. `bytes_sent` [W]
+    is what this rank sent to each in a step that is traced, rows and results; None where no
+    transport counts it.
     """
 
     rank: int
@@ -92,6 +124,37 @@ class ExpertGroup:
     layer_pairs: np.ndarray
     tokens_per_rank: tuple[int, ...] = ()
     deterministic: bool = True
+    num_real: Tensor | None = None
+    nccl: Exchanger | None = None
+    peers: PeerLane | None = None
+    bytes_sent: np.ndarray | None = None
+    _tables: PlacementTables | None = field(default=None, init=False, repr=False)
+
+    def count_sent(self, num_rows: Sequence[int], rows: Tensor) -> None:
+        """While a trace is recorded: `num_rows` [W] of the rows [N, D] go to each rank."""
+        if not recording():
+            return
+        sent = np.asarray(num_rows, dtype=np.int64) * (rows.shape[1] * rows.element_size())
+        sent[self.rank] = 0  # what stays does not travel
+        self.bytes_sent = sent if self.bytes_sent is None else self.bytes_sent + sent
+
+    def take_bytes_sent(self) -> tuple[int, ...]:
+        """`bytes_sent` since last asked; empty where nothing was counted."""
+        sent, self.bytes_sent = self.bytes_sent, None
+        return () if sent is None else tuple(sent.tolist())
+
+    def tables_on(self, device: torch.device) -> PlacementTables:
+        """The tables of all layers, which follow the placement; made at the first call."""
+        if self._tables is None:
+            self._tables = PlacementTables(self.placement, self.rank, device)
+        assert self._tables.slots.device.type == device.type, "one rank, one device"
+        return self._tables
+
+    def adopt(self, placement: Placement) -> None:
+        """Have the next step go by another placement. Only between two steps, on every rank."""
+        self.placement = placement
+        if self._tables is not None:
+            self._tables.adopt(placement)
 
 
 def chunk_of(num_tokens: int, chunk: int, num_chunks: int) -> slice:

@@ -6,11 +6,17 @@ import torch
 from torch import Tensor
 
 from lightmoe import kernels
-from lightmoe.moe.dispatch.base import ExpertGroup, Receipt, TokensPerTile, chunk_of
+from lightmoe.moe.dispatch.base import (
+    Dispatcher,
+    ExpertGroup,
+    Receipt,
+    TokensPerTile,
+    chunk_of,
+)
 from lightmoe.moe.gate import Choice, PairSort, SortedPairs
 
 
-class LocalDispatcher:
+class LocalDispatcher(Dispatcher):
     """The transport of a single rank, on any device. It never waits for one."""
 
     def __init__(
@@ -22,7 +28,7 @@ class LocalDispatcher:
     ) -> None:
         self._group = group
         self._layer = layer
-        slots = torch.from_numpy(group.placement.slot_table[layer, :, group.rank]).to(device)
+        slots = group.tables_on(device).slots[layer]
         self._sort = PairSort(
             slots,
             lambda num_pairs: tokens_per_tile(num_pairs, len(slots)),
@@ -58,6 +64,7 @@ class LocalDispatcher:
 
     def combine(self, pairs: Tensor, weights: Tensor, receipt: Receipt) -> Tensor:
         """The sum in ascending k, weighted unless the experts did that."""
+        assert receipt.pair_index is not None, "route gives one"
         unweighted = receipt.pair_weight is not None
         return kernels.combine(
             pairs, receipt.pair_index, None if unweighted else weights[receipt.tokens]

@@ -1,0 +1,163 @@
+"""One MoE layer over the cards of this machine: naive, ours, compute alone, communication alone.
+
+    python benchmarks/bench_moe_layer_ep.py --ranks 4 --shapes mixtral qwen3 --road ipc
+
+limit = max(compute alone, communication alone); hidden = (compute + communication - ours) /
+min(compute, communication). Every rank has as many tokens; the time is the slowest rank's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+import ep_naive
+import protocol
+import torch
+from ep_ranks import SHAPES, RankLayer, run_ranks
+
+from lightmoe.distributed.communicator import Communicator
+from lightmoe.moe.overlap_model import Overlap
+
+CHUNKS = (1, 2, 3, 4)
+PRINTED = (
+    "shape",
+    "tokens_per_rank",
+    "chunks",
+    "exchange_ctas",
+    "naive_ms",
+    "gathered_ms",
+    "compute_ms",
+    "comm_ms",
+    "ours_ms",
+    "over_naive",
+    "over_limit",
+    "hidden_fraction",
+)
+SETTINGS = {"ipc": "nvlink", "host": "no-p2p"}
+
+
+def main() -> None:
+    """Run every shape and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count())
+    parser.add_argument("--shapes", nargs="+", default=["mixtral", "qwen3"], choices=SHAPES)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192])
+    parser.add_argument("--road", choices=SETTINGS, default="ipc")
+    parser.add_argument("--exchange-ctas", type=int, nargs="+", default=[4, 8, 12, 16])
+    parser.add_argument("--skip-naive", action="store_true")
+    parser.add_argument("--commit", help="the commit that is measured, where git does not know")
+    options = parser.parse_args()
+    rows = run_ranks(options.ranks, bench, vars(options))
+    for row in rows:
+        row["ranks"] = options.ranks
+    name = f"{options.ranks}x {torch.cuda.get_device_name()}"
+    protocol.write(f"moe-layer-ep-{options.road}", rows, gpu=name, measured_commit=options.commit)
+
+
+def bench(
+    communicator: Communicator, device: torch.device, options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """All rows, on one rank."""
+    rows = []
+    for name in options["shapes"]:
+        for num_tokens in options["tokens"]:
+            for row in bench_shape(communicator, device, name, num_tokens, options):
+                rows.append(row)
+                if communicator.rank == 0:
+                    print(*(_text(name, row[name]) for name in PRINTED), flush=True)
+    return rows
+
+
+def bench_shape(
+    communicator: Communicator,
+    device: torch.device,
+    name: str,
+    num_tokens: int,
+    options: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """The rows of one shape: every chunk count and share of the device."""
+    shape = SHAPES[name]
+    own = RankLayer(communicator, device, shape, num_tokens, options["road"])
+    hidden = own.hidden(num_tokens)
+    naive_ms = gathered_ms = float("nan")
+    if not options["skip_naive"]:
+        naive_ms = time_naive(own, hidden, ep_naive.NaiveLayer)
+        gathered_ms = time_naive(own, hidden, ep_naive.GatheredLayer)
+    compute_ms, comm_ms = alone(own, hidden)
+    limit_ms = max(compute_ms, comm_ms)
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    common = {
+        "setting": SETTINGS[options["road"]],
+        "shape": name,
+        "tokens_per_rank": num_tokens,
+        "transport": "copy_engine",
+        "mode": "deterministic",
+        "naive_ms": naive_ms,
+        "gathered_ms": gathered_ms,
+        "compute_ms": compute_ms,
+        "comm_ms": comm_ms,
+        "limit_ms": limit_ms,
+    }
+    for chunks in CHUNKS:
+        for ctas in options["exchange_ctas"] if chunks > 1 else [0]:
+            overlap = Overlap(num_chunks=chunks, expert_ctas=num_sms - ctas)
+            layer = own.layer(overlap, exchange_ctas=ctas)
+            times = own.measure(lambda layer=layer: layer(hidden))
+            ours_ms = times["median"]
+            yield common | {
+                "chunks": chunks,
+                "exchange_ctas": ctas,
+                "ours_ms": ours_ms,
+                "ours_min_ms": times["min"],
+                "ours_max_ms": times["max"],
+                "over_naive": naive_ms / ours_ms,
+                "over_limit": ours_ms / limit_ms,
+                "hidden_fraction": (compute_ms + comm_ms - ours_ms) / min(compute_ms, comm_ms),
+            }
+    own.barrier()
+    own.memory.close()
+
+
+def time_naive(own: RankLayer, hidden: torch.Tensor, kind: type[ep_naive.NaiveLayer]) -> float:
+    """Milliseconds of a layer of torch's own parts."""
+    communicator = own.communicator
+    if not torch.distributed.is_initialized():
+        ep_naive.init(communicator.rank, communicator.num_ranks, 29511, own.device)
+    layer = kind(own.shape, own.router, own.pool.gate_up, own.pool.down)
+    return own.measure(lambda: layer(hidden))["median"]
+
+
+def alone(own: RankLayer, hidden: torch.Tensor) -> tuple[float, float]:
+    """Milliseconds of the gate and the experts, and of the exchange, each without the other."""
+    dispatcher, lane = own.dispatcher, own.lane
+    sort = dispatcher.pair_sort
+    choice = own.gate(hidden, sort)
+    dispatcher.publish(hidden)
+    (receipt,) = dispatcher.route(choice, 1)
+    rows = dispatcher.dispatch(hidden, receipt)
+    output = dispatcher.output_of(receipt)
+    own.barrier()
+
+    def compute() -> None:
+        own.gate(hidden, sort)
+        own.experts(rows, receipt, output=output)
+
+    def communicate() -> None:
+        dispatcher.publish(hidden)
+        (here,) = dispatcher.route(choice, 1)
+        dispatcher.dispatch(hidden, here)
+        dispatcher.combine(lane.pairs, choice.weights, here)
+
+    compute_ms = own.measure(compute)["median"]
+    own.barrier()
+    return compute_ms, own.measure(communicate)["median"]
+
+
+def _text(name: str, value: Any) -> str:
+    return f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+
+
+if __name__ == "__main__":
+    main()

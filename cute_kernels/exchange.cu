@@ -1,0 +1,343 @@
+// Rows between ranks without the host: every rank's arena is addressed by all of them, over NVLink
+// or as pinned host memory. Choices are pushed, hidden states and results are pulled by whoever
+// needs them, and flags that only grow say what is ready. No size is known to the host, so a whole
+// step may be one CUDA graph.
+//
+// Order between ranks: a kernel that ends before the flag kernel of its stream starts is visible to
+// a kernel that starts after the peer's wait ended. Waits and reads are kernels of their own, so
+// nothing read can be older than the flag.
+#include "exchange_bulk.cuh"
+#include "exchange_places.cuh"
+#include "light_ops.h"
+#include "rows.cuh"
+
+namespace light {
+
+constexpr int kVectorsInFlight = 8;  // 16-byte loads of a lane that cross a link together
+
+__device__ inline void store_flag(unsigned *flag, unsigned value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+__device__ inline unsigned load_flag(const unsigned *flag) {
+  unsigned value;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+
+__device__ inline long long nanoseconds() {
+  long long now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  return now;
+}
+
+template <typename Value>
+__device__ inline Value *in_arena(void *arena, long long offset) {
+  return reinterpret_cast<Value *>(static_cast<char *>(arena) + offset);
+}
+
+// After this, thread 0 of one CTA alone goes on: what all CTAs wrote is visible on every device.
+__device__ inline bool last_cta(unsigned *ticket) {
+  __threadfence_system();
+  __syncthreads();
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    last = atomicAdd(ticket, 1) == gridDim.x - 1;
+    if (last) {
+      *ticket = 0;
+      __threadfence_system();
+    }
+  }
+  __syncthreads();
+  return last;
+}
+
+// Announce this rank's next round to all, and wait for theirs: thread p for rank p. One that is late
+// is named, and nothing waits for anyone after that.
+__device__ inline void meet(const light_exchange_flags &flags) {
+  const unsigned round = *flags.counter + 1;
+  const int peer = threadIdx.x;
+  __syncthreads();
+  if (peer < flags.num_ranks) {
+    store_flag(in_arena<unsigned>(flags.arenas[peer], flags.offset) + flags.rank, round);
+    const unsigned *theirs = in_arena<unsigned>(flags.arenas[flags.rank], flags.offset) + peer;
+    const long long deadline = nanoseconds() + flags.timeout_nanoseconds;
+    while ((int)(load_flag(theirs) - round) < 0 && *(volatile unsigned *)flags.failure == 0) {
+      if (nanoseconds() > deadline) {
+        atomicCAS_system(flags.failure, 0u, 1u + peer);
+      }
+    }
+  }
+  __threadfence_system();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    *flags.counter = round;
+  }
+}
+
+__device__ inline int chunk_of(int token, int num_tokens, int num_chunks) {
+  int chunk = (int)((long long)token * num_chunks / num_tokens);
+  // Chunk c begins at num_tokens * c / num_chunks, rounded down.
+  while (chunk + 1 < num_chunks && (long long)num_tokens * (chunk + 1) / num_chunks <= token) {
+    ++chunk;
+  }
+  return chunk;
+}
+
+__device__ inline void give_choice(const light_exchange_share_args &args, int pair, int choice) {
+  for (int peer = 0; peer < args.flags.num_ranks; ++peer) {
+    in_arena<int>(args.flags.arenas[peer], args.choice_offset)[pair] = choice;
+  }
+}
+
+__device__ inline void give_prefix(const light_exchange_share_args &args, int chunk, int expert,
+                                   int value) {
+  const long long row = (long long)chunk * args.flags.num_ranks * (args.num_experts + 1);
+  for (int peer = 0; peer < args.flags.num_ranks; ++peer) {
+    in_arena<int>(args.flags.arenas[peer], args.prefix_offset)[row + expert] = value;
+  }
+}
+
+__device__ inline void publish(const light_exchange_share_args &args, int first, int step) {
+  if (args.hidden == nullptr) {
+    return;
+  }
+  const long long num_vectors = (long long)args.num_rows * args.width_bytes / 16;
+  for (long long i = first; i < num_vectors; i += step) {
+    static_cast<uint4 *>(args.published)[i] = static_cast<const uint4 *>(args.hidden)[i];
+  }
+}
+
+// The pairs were sorted by a kernel before.
+__device__ void share_sorted(const light_exchange_share_args &args) {
+  const int num_pairs = args.num_tokens * args.num_experts_per_token;
+  const int prefix_size = args.num_experts + 1;
+  const int first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
+  for (int pair = first; pair < num_pairs; pair += step) {
+    const int token = pair / args.num_experts_per_token;
+    const int chunk = chunk_of(token, args.num_tokens, args.num_chunks);
+    const int expert = args.experts[pair], index = args.pair_index[pair];
+    const int *prefix = args.prefixes + chunk * prefix_size;
+    give_choice(args, pair,
+                index < 0 ? -1 : (expert << kPositionBits) | (index - prefix[expert]));
+  }
+  for (int i = first; i < args.num_chunks * prefix_size; i += step) {
+    give_prefix(args, i / prefix_size, i % prefix_size, args.prefixes[i]);
+  }
+  publish(args, first, step);
+}
+
+// One CTA, a thread a pair: its place is the number of pairs before it that have its expert.
+__device__ void share_counted(const light_exchange_share_args &args) {
+  constexpr int kMaxExperts = 512, kThreads = 1024, kWarps = kThreads / 32;
+  __shared__ short counts[kWarps][kMaxExperts];
+  __shared__ int totals[kMaxExperts];
+  __shared__ int warp_sums[kWarps];
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int real = args.num_real == nullptr ? args.num_rows : min(*args.num_real, args.num_rows);
+  for (int i = thread; i < kWarps * kMaxExperts; i += kThreads) {
+    counts[i / kMaxExperts][i % kMaxExperts] = 0;
+  }
+  const int num_pairs = args.num_tokens * args.num_experts_per_token;
+  int expert = -1;
+  if (thread < real * args.num_experts_per_token) {
+    expert = args.experts[thread];
+    expert = (unsigned)expert < (unsigned)args.num_experts ? expert : -1;
+  }
+  __syncthreads();
+  unsigned alike = 0;  // lanes with the same expert: a bit of its number at a time
+  {
+    alike = kAllLanes;
+#pragma unroll
+    for (int bit = 0; bit < 10; ++bit) {  // the tenth tells those without one
+      const bool one = expert >> bit & 1;
+      const unsigned ones = __ballot_sync(kAllLanes, one);
+      alike &= one ? ones : ~ones;
+    }
+  }
+  const int before = __popc(alike & ((1u << lane) - 1));
+  if (expert >= 0 && before == 0) {
+    counts[warp][expert] = (short)__popc(alike);
+  }
+  __syncthreads();
+  for (int e = thread; e < args.num_experts; e += kThreads) {
+    int sum = 0;
+    for (int w = 0; w < kWarps; ++w) {
+      const int here = counts[w][e];
+      counts[w][e] = (short)sum;
+      sum += here;
+    }
+    totals[e] = sum;
+  }
+  __syncthreads();
+  if (thread < num_pairs) {
+    give_choice(args, thread,
+                expert < 0 ? -1 : (expert << kPositionBits) | (counts[warp][expert] + before));
+  }
+  // Exclusive prefix sums of the totals: at most one expert a thread.
+  const int mine = thread < args.num_experts ? totals[thread] : 0;
+  int sum = mine;
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, sum, distance);
+    sum += lane >= distance ? other : 0;
+  }
+  if (lane == 31) {
+    warp_sums[warp] = sum;
+  }
+  __syncthreads();
+  for (int w = 0; w < warp; ++w) {
+    sum += warp_sums[w];
+  }
+  if (thread <= args.num_experts) {
+    give_prefix(args, 0, thread, sum - mine);
+  }
+  publish(args, thread, kThreads);
+}
+
+// A warp takes a token of some rank, and copies its row to each of its pairs that this rank has.
+__device__ void pull(const light_exchange_pull_args &args) {
+  const int lane = threadIdx.x % 32, num_vectors = args.width_bytes / 16;
+  const int num_warps = gridDim.x * (blockDim.x / 32);
+  const int total = count_tokens(args);
+  for (int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; row < total;
+       row += num_warps) {
+    const SourceToken from = source_of(args, row, total);
+    const bool asks = lane < args.num_experts_per_token;
+    const Place place =
+        place_of(args.places, from.source, asks ? choice_of(args, from, lane) : -1);
+    const unsigned here = __ballot_sync(kAllLanes, place.rank == args.rank);
+    if (here == 0) {
+      continue;
+    }
+    const uint4 *vectors_of_row = static_cast<const uint4 *>(args.hidden[from.source]) +
+                                  (long long)from.token * num_vectors;
+    for (int first = lane; first - lane < num_vectors; first += 32 * kVectorsInFlight) {
+      uint4 vectors[kVectorsInFlight];
+#pragma unroll
+      for (int i = 0; i < kVectorsInFlight; ++i) {
+        if (first + 32 * i < num_vectors) {
+          vectors[i] = __ldcg(vectors_of_row + first + 32 * i);
+        }
+      }
+      for (unsigned left = here; left != 0; left &= left - 1) {
+        const int position = __shfl_sync(kAllLanes, place.position, __ffs(left) - 1);
+        uint4 *to = static_cast<uint4 *>(args.rows) + (long long)position * num_vectors;
+#pragma unroll
+        for (int i = 0; i < kVectorsInFlight; ++i) {
+          if (first + 32 * i < num_vectors) {
+            to[first + 32 * i] = vectors[i];
+          }
+        }
+      }
+    }
+  }
+}
+
+// A warp takes a token of this rank: light_combine's sum, read from where the pairs are.
+template <typename Scalar>
+__device__ void combine_peers(const light_exchange_combine_args &args) {
+  const int lane = threadIdx.x % 32, num_pairs = args.num_experts_per_token;
+  const int num_vectors = args.width_bytes / 16;
+  const int num_warps = gridDim.x * (blockDim.x / 32);
+  for (int token = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; token < args.num_tokens;
+       token += num_warps) {
+    const long long first_pair = (long long)(args.first_token + token) * num_pairs;
+    const int choice = lane < num_pairs ? args.choices[first_pair + lane] : -1;
+    const Place place = place_of(args.places, args.rank, choice);
+    const float weight = lane < num_pairs ? args.weights[first_pair + lane] : 0.0f;
+    const uint4 *row = place.rank < 0 ? nullptr
+                                      : static_cast<const uint4 *>(args.pairs[place.rank]) +
+                                            (long long)place.position * num_vectors;
+    uint4 *output = static_cast<uint4 *>(args.output) + (long long)token * num_vectors;
+    for (int first = lane; first - lane < num_vectors; first += 32) {
+      float sums[8] = {};
+      for (int k = 0; k < num_pairs; k += kVectorsInFlight) {
+        uint4 vectors[kVectorsInFlight];
+        float factors[kVectorsInFlight];
+        bool exists[kVectorsInFlight];
+#pragma unroll
+        for (int i = 0; i < kVectorsInFlight; ++i) {
+          const uint4 *from = reinterpret_cast<const uint4 *>(
+              __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(row), (k + i) % 32));
+          factors[i] = __shfl_sync(kAllLanes, weight, (k + i) % 32);
+          exists[i] = k + i < num_pairs && from != nullptr && first < num_vectors;
+          if (exists[i]) {
+            vectors[i] = __ldcg(from + first);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kVectorsInFlight; ++i) {
+          if (exists[i]) {
+            add_weighted(sums, factors[i], vectors[i], static_cast<const Scalar *>(nullptr));
+          }
+        }
+      }
+      if (first < num_vectors) {
+        output[first] = rounded<Scalar>(sums);
+      }
+    }
+  }
+}
+
+}  // namespace light
+
+extern "C" __global__ void __launch_bounds__(1024)
+    exchange_share_counted(const __grid_constant__ light_exchange_share_args args) {
+  light::wait_for_previous_kernel();
+  light::share_counted(args);
+  __threadfence_system();
+  light::meet(args.flags);
+}
+
+extern "C" __global__ void __launch_bounds__(512)
+    exchange_share(const __grid_constant__ light_exchange_share_args args) {
+  light::wait_for_previous_kernel();
+  light::share_sorted(args);
+  if (light::last_cta(args.ticket)) {
+    light::meet(args.flags);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(64)
+    exchange_meet(const __grid_constant__ light_exchange_flags args) {
+  light::wait_for_previous_kernel();
+  __threadfence_system();
+  light::meet(args);
+}
+
+extern "C" __global__ void __launch_bounds__(512)
+    exchange_pull(const __grid_constant__ light_exchange_pull_args args) {
+  light::wait_for_previous_kernel();
+  light::pull(args);
+}
+
+#define LIGHT_COMBINE(name, Scalar)                                       \
+  extern "C" __global__ void __launch_bounds__(512)                       \
+      exchange_combine_##name(const __grid_constant__ light_exchange_combine_args args) { \
+    light::wait_for_previous_kernel();                                    \
+    light::combine_peers<Scalar>(args);                                   \
+  }
+LIGHT_COMBINE(f16, __half)
+LIGHT_COMBINE(bf16, __nv_bfloat16)
+LIGHT_COMBINE(f32, float)
+
+#if __CUDA_ARCH__ >= 900
+extern __shared__ __align__(128) char bulk_memory[];
+
+extern "C" __global__ void __launch_bounds__(32 * light::ring::kWarps)
+    exchange_pull_bulk(const __grid_constant__ light_exchange_pull_args args) {
+  light::wait_for_previous_kernel();
+  light::pull_bulk(args, bulk_memory);
+}
+
+#define LIGHT_COMBINE_BULK(name, Scalar)                                  \
+  extern "C" __global__ void __launch_bounds__(32 * light::ring::kWarps)  \
+      exchange_combine_bulk_##name(                                       \
+          const __grid_constant__ light_exchange_combine_args args) {     \
+    light::wait_for_previous_kernel();                                    \
+    light::combine_bulk<Scalar>(args, bulk_memory);                       \
+  }
+LIGHT_COMBINE_BULK(f16, __half)
+LIGHT_COMBINE_BULK(bf16, __nv_bfloat16)
+LIGHT_COMBINE_BULK(f32, float)
+#endif

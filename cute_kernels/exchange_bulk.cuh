@@ -1,0 +1,239 @@
+// Rows of other ranks through shared memory by bulk copies (sm_90): few multiprocessors keep a link
+// busy, because what is on its way takes no registers. Every warp has a ring of its own.
+#pragma once
+
+#include "exchange_places.cuh"
+#include "exchange_sizes.h"
+#include "shared_barriers.cuh"
+
+#if __CUDA_ARCH__ >= 900
+
+namespace light {
+
+__device__ inline void load_bulk(unsigned to, const void *from, int bytes, unsigned barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+__device__ inline void store_bulk(void *to, unsigned from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
+               "r"(bytes)
+               : "memory");
+}
+
+__device__ inline void end_store_group() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until at most `groups` of this thread's groups of stores still read shared memory.
+template <int groups>
+__device__ inline void await_stores_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(groups) : "memory");
+}
+
+__device__ inline void await_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// A warp's part of shared memory: stages, then their barriers, then positions of 32 tokens.
+struct WarpRing {
+  unsigned stages;
+  unsigned barriers;
+  int *positions;
+  unsigned turn;  // loads so far: stage turn % n, in its turn / n-th use
+
+  __device__ WarpRing(char *shared, int warp, int num_stages, int stage_bytes) {
+    char *mine = shared + warp * ring::kWarpBytes;
+    stages = shared_address(mine);
+    barriers = stages + num_stages * stage_bytes;
+    positions = reinterpret_cast<int *>(mine + num_stages * stage_bytes + 8 * num_stages);
+    turn = 0;
+    if (threadIdx.x % 32 == 0) {
+      for (int stage = 0; stage < num_stages; ++stage) {
+        init_barrier(barriers + 8 * stage, 1);
+      }
+      publish_barriers();
+    }
+    __syncwarp();
+  }
+};
+
+// Lane 0 of each warp: a row's pieces in, and out to each of its positions.
+struct PullRing : WarpRing {
+  static constexpr int kStages = ring::kPullStages, kLoadsInFlight = 4;
+  struct Job {
+    int token, offset, bytes;
+  };
+  Job jobs[kStages];
+  unsigned stored = 0;
+
+  __device__ PullRing(char *shared, int warp)
+      : WarpRing(shared, warp, kStages, ring::kPullStageBytes) {}
+
+  __device__ void store_oldest(const light_exchange_pull_args &args) {
+    const unsigned stage = stored % kStages;
+    wait_barrier(barriers + 8 * stage, stored / kStages % 2);
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) {
+      if (i == stage) {
+        const Job job = jobs[i];
+        for (int pair = 0; pair < args.num_experts_per_token; ++pair) {
+          const int position = positions[job.token * ring::kMostPairs + pair];
+          if (position >= 0) {
+            store_bulk(static_cast<char *>(args.rows) +
+                           (long long)position * args.width_bytes + job.offset,
+                       stages + stage * ring::kPullStageBytes, job.bytes);
+          }
+        }
+      }
+    }
+    end_store_group();
+    ++stored;
+  }
+
+  __device__ void load(const light_exchange_pull_args &args, const char *row, int token,
+                       int offset) {
+    if (turn - stored == kLoadsInFlight) {
+      store_oldest(args);
+    }
+    // This stage's last stores are older than those of the stages between.
+    await_stores_read<kStages - kLoadsInFlight>();
+    const unsigned stage = turn % kStages;
+    const int bytes = min(ring::kPullStageBytes, args.width_bytes - offset);
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) {
+      if (i == stage) {
+        jobs[i] = {token, offset, bytes};
+      }
+    }
+    arrive_expecting(barriers + 8 * stage, bytes);
+    load_bulk(stages + stage * ring::kPullStageBytes, row + offset, bytes, barriers + 8 * stage);
+    ++turn;
+  }
+};
+
+__device__ void pull_bulk(const light_exchange_pull_args &args, char *shared) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int num_warps = gridDim.x * (blockDim.x / 32);
+  PullRing ring(shared, warp);
+  const int total = count_tokens(args);
+  for (int first = 32 * (blockIdx.x + gridDim.x * warp); first < total;
+       first += 32 * num_warps) {
+    // A lane looks a token up.
+    const SourceToken from = source_of(args, first + lane, total);
+    int choices[ring::kMostPairs];
+#pragma unroll
+    for (int pair = 0; pair < ring::kMostPairs; ++pair) {
+      choices[pair] = pair < args.num_experts_per_token ? choice_of(args, from, pair) : -1;
+    }
+    bool wanted = false;
+#pragma unroll
+    for (int pair = 0; pair < ring::kMostPairs; ++pair) {
+      if (pair < args.num_experts_per_token) {
+        const Place place = place_of(args.places, from.source, choices[pair]);
+        const bool here = place.rank == args.rank;
+        ring.positions[lane * ring::kMostPairs + pair] = here ? place.position : -1;
+        wanted |= here;
+      }
+    }
+    __syncwarp();
+    for (unsigned left = __ballot_sync(kAllLanes, wanted); left != 0; left &= left - 1) {
+      const int token = __ffs(left) - 1;
+      const int source = __shfl_sync(kAllLanes, from.source, token);
+      const int index = __shfl_sync(kAllLanes, from.token, token);
+      if (lane == 0) {
+        const char *row = static_cast<const char *>(args.hidden[source]) +
+                          (long long)index * args.width_bytes;
+        for (int offset = 0; offset < args.width_bytes; offset += ring::kPullStageBytes) {
+          ring.load(args, row, token, offset);
+        }
+      }
+    }
+    if (lane == 0) {
+      while (ring.stored != ring.turn) {
+        ring.store_oldest(args);
+      }
+    }
+    __syncwarp();
+  }
+  if (lane == 0) {
+    await_stores();
+  }
+}
+
+template <typename Scalar>
+__device__ void combine_bulk(const light_exchange_combine_args &args, char *shared) {
+  constexpr int kStages = ring::kCombineStages;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int num_pairs = args.num_experts_per_token, tokens_per_batch = 32 / num_pairs;
+  const int num_warps = gridDim.x * (blockDim.x / 32);
+  const int segment = ring::kCombineStageBytes / num_pairs / 512 * 512;
+  const int num_segments = (args.width_bytes + segment - 1) / segment;
+  WarpRing ring(shared, warp, kStages, ring::kCombineStageBytes);
+  const char *const stages = shared + warp * ring::kWarpBytes;
+  for (int first = tokens_per_batch * (blockIdx.x + gridDim.x * warp); first < args.num_tokens;
+       first += tokens_per_batch * num_warps) {
+    // A lane has a pair.
+    const int num_tokens = min(tokens_per_batch, args.num_tokens - first);
+    const bool mine = lane < num_tokens * num_pairs;
+    const long long pair = (long long)(args.first_token + first) * num_pairs + lane;
+    const Place place = place_of(args.places, args.rank, mine ? args.choices[pair] : -1);
+    const float weight = mine ? args.weights[pair] : 0.0f;
+    const char *row = place.rank < 0 ? nullptr
+                                     : static_cast<const char *>(args.pairs[place.rank]) +
+                                           (long long)place.position * args.width_bytes;
+    const unsigned existing = __ballot_sync(kAllLanes, row != nullptr);
+    const unsigned of_token = num_pairs == 32 ? kAllLanes : (1u << num_pairs) - 1;
+    const int num_jobs = num_tokens * num_segments;
+    const unsigned begin = ring.turn;
+    for (int job = 0; job < num_jobs + kStages - 1; ++job) {
+      if (job < num_jobs) {
+        const int token = job / num_segments, offset = job % num_segments * segment;
+        const int bytes = min(segment, args.width_bytes - offset);
+        const unsigned stage = ring.turn % kStages, barrier = ring.barriers + 8 * stage;
+        const unsigned there = existing >> (token * num_pairs) & of_token;
+        if (lane == 0) {
+          arrive_expecting(barrier, bytes * __popc(there));
+        }
+        __syncwarp();
+        if (lane / num_pairs == token && row != nullptr && mine) {
+          load_bulk(ring.stages + stage * ring::kCombineStageBytes + lane % num_pairs * segment,
+                    row + offset, bytes, barrier);
+        }
+        ++ring.turn;
+      }
+      const int done = job - (kStages - 1);
+      if (done >= 0) {
+        const int token = done / num_segments, offset = done % num_segments * segment;
+        const int bytes = min(segment, args.width_bytes - offset);
+        const unsigned turn = begin + done, stage = turn % kStages;
+        const unsigned there = existing >> (token * num_pairs) & of_token;
+        wait_barrier(ring.barriers + 8 * stage, turn / kStages % 2);
+        uint4 *output = reinterpret_cast<uint4 *>(
+            static_cast<char *>(args.output) + (long long)(first + token) * args.width_bytes +
+            offset);
+        const char *here = stages + stage * ring::kCombineStageBytes;
+        for (int vector = lane; vector - lane < bytes / 16; vector += 32) {
+          float sums[8] = {};
+          for (int k = 0; k < num_pairs; ++k) {
+            const float factor = __shfl_sync(kAllLanes, weight, token * num_pairs + k);
+            if (there >> k & 1 && vector < bytes / 16) {
+              add_weighted(sums, factor,
+                           reinterpret_cast<const uint4 *>(here + k * segment)[vector],
+                           static_cast<const Scalar *>(nullptr));
+            }
+          }
+          if (vector < bytes / 16) {
+            output[vector] = rounded<Scalar>(sums);
+          }
+        }
+        __syncwarp();
+      }
+    }
+  }
+}
+
+}  // namespace light
+
+#endif

@@ -1,0 +1,138 @@
+// The launches of the exchange over arenas that all ranks address.
+#include <algorithm>
+#include <string>
+
+#include "../exchange_sizes.h"
+#include "launch.h"
+
+namespace light {
+namespace {
+
+constexpr int kThreads = 512, kFlagThreads = 64, kBulkThreads = 32 * ring::kWarps;
+constexpr int kBulkCopiesFrom = 90;
+constexpr int kFewestBulkCtas = 16;  // with fewer, more warps of the plain kernels are faster
+
+// Kernels that wait for other ranks, or that others wait for, do not start ahead of their turn:
+// waiting they would hold room that a product needs.
+constexpr LaunchOptions kInTurn{false, 0, false};
+
+light_status check_group(const char *stem, int rank, int num_ranks) {
+  if (num_ranks < 1 || num_ranks > LIGHT_MAX_RANKS || rank < 0 || rank >= num_ranks) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: rank %d of %d ranks; it takes 1 to %d", stem, rank,
+                num_ranks, LIGHT_MAX_RANKS);
+  }
+  return LIGHT_OK;
+}
+
+light_status check_width(const char *stem, int width_bytes, int num_experts_per_token) {
+  if (width_bytes < 16 || width_bytes % 16 != 0) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: rows of %d bytes, which must be a multiple of 16", stem,
+                width_bytes);
+  }
+  if (num_experts_per_token < 1 || num_experts_per_token > 16) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: %d experts per token; it takes 1 to 16", stem,
+                num_experts_per_token);
+  }
+  return LIGHT_OK;
+}
+
+template <class Args>
+light_status launch_exchange(const char *name, int threads, long long num_ctas, int max_ctas,
+                             const Args &args, light_stream stream) {
+  const Kernel *kernel = nullptr;
+  LIGHT_TRY(find_kernel("exchange", name, threads, 0, &kernel));
+  const long long most = max_ctas > 0 ? max_ctas : kernel->resident_ctas();
+  const long long bounded = std::max(1LL, std::min(num_ctas, most));
+  return launch(*kernel, {static_cast<unsigned int>(bounded)}, args, stream, kInTurn);
+}
+
+// A warp has `tokens_per_warp` tokens at a time in the bulk kernel, one in the plain one.
+template <class Args>
+light_status launch_rows(const std::string &name, const std::string &suffix, long long num_tokens,
+                         int tokens_per_warp, int max_ctas, const Args &args,
+                         light_stream stream) {
+  const Kernel *kernel = nullptr;
+  LIGHT_TRY(find_kernel("exchange", name + suffix, kThreads, 0, &kernel));
+  const long long bulk_ctas = num_tokens / (ring::kWarps * tokens_per_warp);
+  const bool bulk = args.on_cards && kernel->architecture >= kBulkCopiesFrom &&
+                    bulk_ctas >= kFewestBulkCtas;
+  if (bulk) {
+    LIGHT_TRY(
+        find_kernel("exchange", name + "_bulk" + suffix, kBulkThreads, ring::kBytes, &kernel));
+  }
+  const long long per_cta = kernel->threads / 32 * (bulk ? tokens_per_warp : 1);
+  const long long most = max_ctas > 0 ? max_ctas : kernel->resident_ctas();
+  const long long wanted = (num_tokens + per_cta - 1) / per_cta;
+  const long long num_ctas = std::max(1LL, std::min(wanted, most));
+  return launch(*kernel, {static_cast<unsigned int>(num_ctas)}, args, stream, kInTurn);
+}
+
+}  // namespace
+}  // namespace light
+
+light_status light_exchange_share(const light_exchange_share_args *args, int max_ctas,
+                                  light_stream stream) {
+  LIGHT_TRY(light::check_group("exchange_share", args->flags.rank, args->flags.num_ranks));
+  LIGHT_TRY(light::check_width("exchange_share", args->width_bytes, args->num_experts_per_token));
+  if (args->num_tokens < 0 || args->num_tokens >= 1 << LIGHT_CHOICE_POSITION_BITS ||
+      args->num_experts < 1 || args->num_experts > 512 || args->num_chunks < 1) {
+    return light::fail(LIGHT_BAD_ARGUMENT,
+                       "exchange_share: %d tokens in %d chunks, %d experts; it takes fewer than %d"
+                       " tokens and 1 to 512 experts",
+                       args->num_tokens, args->num_chunks, args->num_experts,
+                       1 << LIGHT_CHOICE_POSITION_BITS);
+  }
+  if (args->pair_index == nullptr) {
+    if (args->num_tokens * args->num_experts_per_token > LIGHT_COUNTED_PAIRS ||
+        args->num_chunks != 1) {
+      return light::fail(LIGHT_BAD_ARGUMENT,
+                         "exchange_share: %d tokens of %d experts in %d chunks are not counted here",
+                         args->num_tokens, args->num_experts_per_token, args->num_chunks);
+    }
+    return light::launch_exchange("exchange_share_counted", LIGHT_COUNTED_PAIRS, 1, 1, *args,
+                                  stream);
+  }
+  const long long hidden = args->hidden == nullptr ? 0 : args->width_bytes / 16;
+  const long long work =
+      std::max(args->num_tokens * std::max<long long>(args->num_experts_per_token, hidden),
+               1LL * args->num_chunks * (args->num_experts + 1));
+  return light::launch_exchange("exchange_share", light::kThreads,
+                                (work + light::kThreads - 1) / light::kThreads, max_ctas, *args,
+                                stream);
+}
+
+light_status light_exchange_meet(const light_exchange_flags *args, light_stream stream) {
+  LIGHT_TRY(light::check_group("exchange_meet", args->rank, args->num_ranks));
+  return light::launch_exchange("exchange_meet", light::kFlagThreads, 1, 1, *args, stream);
+}
+
+light_status light_exchange_pull(const light_exchange_pull_args *args, int max_ctas,
+                                 light_stream stream) {
+  LIGHT_TRY(light::check_group("exchange_pull", args->rank, args->num_ranks));
+  LIGHT_TRY(light::check_width("exchange_pull", args->width_bytes, args->num_experts_per_token));
+  long long num_tokens = 0;
+  for (int rank = 0; rank < args->num_ranks; ++rank) {
+    num_tokens += args->count[rank];
+  }
+  if (num_tokens > 0x7fffffff) {
+    return light::fail(LIGHT_BAD_ARGUMENT, "exchange_pull: %lld tokens are too many", num_tokens);
+  }
+  return light::launch_rows("exchange_pull", "", num_tokens, 32, max_ctas, *args, stream);
+}
+
+light_status light_exchange_combine(const light_exchange_combine_args *args, light_dtype dtype,
+                                    int max_ctas, light_stream stream) {
+  LIGHT_TRY(light::check_group("exchange_combine", args->rank, LIGHT_MAX_RANKS));
+  LIGHT_TRY(
+      light::check_width("exchange_combine", args->width_bytes, args->num_experts_per_token));
+  if (dtype != LIGHT_FLOAT16 && dtype != LIGHT_BFLOAT16 && dtype != LIGHT_FLOAT32) {
+    return light::fail(LIGHT_BAD_ARGUMENT, "exchange_combine: dtype %d is none of fp16, bf16, fp32",
+                       dtype);
+  }
+  if (args->num_tokens == 0) {
+    return LIGHT_OK;
+  }
+  const char *const suffixes[] = {"_f16", "_bf16", "_f32"};
+  return light::launch_rows("exchange_combine", suffixes[dtype], args->num_tokens,
+                            32 / args->num_experts_per_token, max_ctas, *args, stream);
+}

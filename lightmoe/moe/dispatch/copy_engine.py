@@ -1,0 +1,406 @@
+"""Experts spread over GPUs whose memory, or pinned host memory, all ranks' kernels address.
+
+No host takes part in a step: choices are pushed to all ranks, every rank computes the same route on
+its device, pulls the rows of the pairs that are its own, and pulls its tokens' results where they
+were computed. So nothing needs a size on the host, and a step may be one CUDA graph.
+
+A rank overwrites its hidden states and results only after all ranks have read them: it goes on to
+the next layer once it has waited for everyone's results, which each rank announces after its own
+pulls, and it computes results again once everyone has announced the next layer's choices.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightmoe import kernels
+from lightmoe.distributed.peers import PeerMemory
+from lightmoe.errors import RankError, UsageError
+from lightmoe.kernels.exchange import COUNTED_PAIRS, MAX_RANKS, MAX_TOKENS, Flags, Places
+from lightmoe.kernels.library import address, library
+from lightmoe.moe.dispatch.base import (
+    Dispatcher,
+    ExpertGroup,
+    Receipt,
+    TokensPerTile,
+    chunk_of,
+)
+from lightmoe.moe.gate import Choice, PairSort
+
+MAX_CHUNKS = 8
+_ALIGNMENT_BYTES = 256
+_ANY_TILE = 64
+"""Pairs a tile where the table of tiles is not used."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArenaLayout:
+    """What lies where in every rank's arena; `max_tokens` is what one rank runs in a step."""
+
+    num_ranks: int
+    max_tokens: int
+    num_experts: int
+    num_experts_per_token: int
+    width: int
+    element_bytes: int
+
+    def __post_init__(self) -> None:
+        if self.num_ranks > MAX_RANKS or self.max_tokens >= MAX_TOKENS:
+            raise UsageError(
+                f"{self.num_ranks} ranks of {self.max_tokens} tokens a step; transport copy_engine"
+                f" takes at most {MAX_RANKS} of fewer than {MAX_TOKENS}; use --transport nccl"
+            )
+
+    @property
+    def max_pairs(self) -> int:
+        """Pairs that one rank may have to compute for a step: all of them."""
+        return self.num_ranks * self.max_tokens * self.num_experts_per_token
+
+    @property
+    def choice_stride(self) -> int:
+        """Choices that a rank has room for."""
+        return self.max_tokens * self.num_experts_per_token
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each part, in order."""
+        prefixes = MAX_CHUNKS * self.num_ranks * (self.num_experts + 1)
+        row_bytes = self.width * self.element_bytes
+        return {
+            "choice_flags": 4 * MAX_RANKS,
+            "pair_flags": 4 * MAX_RANKS,
+            "choices": 4 * self.num_ranks * self.choice_stride,
+            "prefixes": 4 * prefixes,
+            "hidden": self.max_tokens * row_bytes,
+            "pairs": self.max_pairs * row_bytes,
+        }
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """Where each part begins, and `end`."""
+        padded = [-(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for size in self.sizes.values()]
+        return dict(zip((*self.sizes, "end"), itertools.accumulate(padded, initial=0), strict=True))
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of an arena."""
+        return self.offsets["end"]
+
+    @property
+    def device_bytes(self) -> int:
+        """What a rank needs beside its arena: the pulled rows, and its products' inputs."""
+        return self.sizes["pairs"]
+
+
+class PeerLane:
+    """One rank's end of the arenas: what all of its layers share. Calls come in layer order.
+
+    `exchange_ctas` thread blocks carry rows where experts run beside them, else as many as fit.
+    """
+
+    def __init__(
+        self,
+        layout: ArenaLayout,
+        memory: PeerMemory,
+        rank: int,
+        num_layers: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        timeout_seconds: float,
+        exchange_ctas: int = 16,
+    ) -> None:
+        self.layout = layout
+        self.exchange_ctas = exchange_ctas
+        self.rank = rank
+        self.memory = memory
+        self.stream = torch.cuda.Stream(device, priority=-1)
+        self._pairs_computed = torch.zeros(num_layers, dtype=torch.int32, device=device)
+        self._noted: list[tuple[int, Tensor]] = []
+        self._timeout_seconds = timeout_seconds
+        self._failure = torch.zeros(1, dtype=torch.int32).pin_memory()
+        counters = torch.zeros(3, dtype=torch.int32, device=device)
+        at = layout.offsets
+        self._ticket = counters[2:]
+        self._choice_flags = self._flags("choice_flags", counters[:1])
+        self._pair_flags = self._flags("pair_flags", counters[1:])
+        self._on_card = memory.road == "ipc"
+        here = memory.arena
+        self._arena_hidden = _view(here, at["hidden"], (layout.max_tokens, layout.width), dtype)
+        shape = (layout.max_pairs, layout.width)
+        self.pairs = _view(here, at["pairs"], shape, dtype)
+        choices = _view(here, at["choices"], (layout.num_ranks, layout.choice_stride), torch.int32)
+        prefix_shape = (MAX_CHUNKS, layout.num_ranks, layout.num_experts + 1)
+        prefixes = _view(here, at["prefixes"], prefix_shape, torch.int32)
+        self._arena_choices, self._arena_prefixes = choices, prefixes
+        self.rows = torch.empty(shape, dtype=dtype, device=device)
+        if not self._on_card:
+            self.pairs = torch.empty_like(self.rows)
+            choices, prefixes = choices.to(device), prefixes.to(device)
+        self.choices, self.prefixes = choices, prefixes
+        self._hidden: Tensor | None = None
+
+    def _flags(self, name: str, counter: Tensor) -> Flags:
+        return Flags(
+            self.memory.addresses,
+            self.layout.offsets[name],
+            self.rank,
+            counter,
+            self._failure,
+            self._timeout_seconds,
+        )
+
+    def share(
+        self,
+        hidden: Tensor,
+        experts: Tensor,
+        num_tokens: int,
+        num_chunks: int,
+        pair_index: Tensor | None,
+        prefixes: Tensor | None,
+        num_real: Tensor | None,
+    ) -> None:
+        """Let all ranks see this rank's hidden states and choices, and have everyone's choices."""
+        layout, at = self.layout, self.layout.offsets
+        self._hidden = self._arena_hidden if self._on_card else hidden
+        if not self._on_card:
+            # The card's copy engine carries them: a kernel would wait for the bus.
+            self._arena_hidden[: len(hidden)].copy_(hidden, non_blocking=True)
+        self._choice_flags.share(
+            experts,
+            pair_index,
+            prefixes,
+            num_real,
+            hidden if self._on_card else None,
+            address(self._arena_hidden),
+            self._ticket,
+            num_tokens=num_tokens,
+            num_experts=layout.num_experts,
+            choice_offset=at["choices"] + 4 * self.rank * layout.choice_stride,
+            prefix_offset=at["prefixes"] + 4 * self.rank * (layout.num_experts + 1),
+        )
+        if not self._on_card:
+            # Looked up for every pair: from the card's own memory.
+            self.choices.copy_(self._arena_choices, non_blocking=True)
+            self.prefixes[:num_chunks].copy_(self._arena_prefixes[:num_chunks], non_blocking=True)
+
+    def pull(self, receipt: PeerReceipt, rows: Tensor, max_ctas: int) -> None:
+        """Fill the rows [P, D] of the chunk's pairs."""
+        assert self._hidden is not None, "share before dispatch"
+        addresses = self._addresses("hidden", 0)
+        addresses[self.rank] = self._hidden.data_ptr()
+        receipt.places.pull(
+            rows,
+            addresses,
+            receipt.spans,
+            address(self.choices),
+            self.layout.choice_stride,
+            rank=self.rank,
+            num_experts_per_token=self.layout.num_experts_per_token,
+            on_cards=self._on_card,
+            max_ctas=max_ctas,
+        )
+
+    def combine(self, receipt: PeerReceipt, weights: Tensor, output: Tensor, max_ctas: int) -> None:
+        """Announce this rank's results, wait for everyone's, and add up its tokens' own."""
+        first = receipt.first_pair
+        if not self._on_card:
+            self._upload(receipt, max_ctas)
+        self._pair_flags.meet()
+        row_bytes = self.layout.width * self.layout.element_bytes
+        addresses = self._addresses("pairs", first * row_bytes)
+        addresses[self.rank] = self.pairs[first:].data_ptr()
+        receipt.places.combine(
+            output,
+            addresses,
+            address(self.choices[self.rank]),
+            weights,
+            receipt.tokens.start,
+            rank=self.rank,
+            on_cards=self._on_card,
+            max_ctas=max_ctas,
+        )
+
+    def _upload(self, receipt: PeerReceipt, max_ctas: int) -> None:
+        """Copy the pairs that there are into the arena: how many, only the device knows."""
+        output = self.pairs_of(receipt)
+        if not len(output):
+            return
+        row_bytes = self.layout.width * self.layout.element_bytes
+        library().launch(
+            "permute",
+            output.device,
+            rows=address(output),
+            row_index=0,
+            output=self._addresses("pairs", receipt.first_pair * row_bytes)[self.rank],
+            num_rows=len(output),
+            width_bytes=row_bytes,
+            row_count=address(receipt.groups.offsets[-1:]),
+            max_ctas=max_ctas,
+        )
+
+    def pairs_of(self, receipt: PeerReceipt) -> Tensor:
+        """Where the chunk's results go: [P, D]."""
+        return self.pairs[receipt.first_pair :][: receipt.groups.num_pairs]
+
+    def note_pairs(self, layer: int, count: Tensor) -> None:
+        """int32 [1]: pairs of one of this step's chunks."""
+        self._noted.append((layer, count))
+
+    def count_pairs(self) -> None:
+        """Add up what was noted; part of the step, so also of its graph."""
+        noted, self._noted = self._noted, []
+        if noted:
+            layers = [layer for layer, _ in noted]
+            counts = torch.cat([count for _, count in noted])
+            if layers == list(range(len(self._pairs_computed))):
+                self._pairs_computed.add_(counts)
+            else:
+                for layer, count in zip(layers, counts, strict=True):
+                    self._pairs_computed[layer].add_(count)
+
+    def take_pairs(self) -> np.ndarray:
+        """Pairs computed here since last asked, int32 [L]."""
+        counts: np.ndarray = self._pairs_computed.cpu().numpy().copy()
+        self._pairs_computed.zero_()
+        return counts
+
+    def check(self) -> None:
+        """RankError with the late rank's name, if a wait has ended without it."""
+        late = int(self._failure[0])
+        if late:
+            raise RankError(
+                f"rank {late - 1} did not answer rank {self.rank} within"
+                f" {self._timeout_seconds:.0f} s; it is stopped, dead or out of step"
+            )
+
+    def _addresses(self, part: str, offset: int) -> list[int]:
+        begin = self.layout.offsets[part] + offset
+        return [arena + begin for arena in self.memory.addresses]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerReceipt(Receipt):
+    """Which tokens of each rank the chunk has, where their pairs go, and where results lie.
+
+    The first dispatch and the last combine have the device to themselves: 0 thread blocks bound
+    them.
+    """
+
+    spans: Sequence[slice]
+    places: Places
+    first_pair: int
+    dispatch_ctas: int = 0
+    combine_ctas: int = 0
+
+
+class CopyEngineDispatcher(Dispatcher):
+    """The transport of GPUs: over NVLink, or through pinned memory of the host."""
+
+    def __init__(
+        self, group: ExpertGroup, layer: int, lane: PeerLane, tokens_per_tile: TokensPerTile
+    ) -> None:
+        self.stream = lane.stream
+        self._group = group
+        self._layer = layer
+        self._lane = lane
+        self._tokens_per_tile = tokens_per_tile
+        self._hidden = lane.rows[:0]
+        self._tables = group.tables_on(lane.rows.device)
+        self.pair_sort: PairSort | None = None  # where pairs go is known after the exchange
+
+    def most_tokens(self, hidden: Tensor) -> int:
+        """Tokens of the fullest rank in this step."""
+        return max(self._group.tokens_per_rank)
+
+    def publish(self, hidden: Tensor) -> None:
+        """These are the hidden states [T, D] of the next route."""
+        self._hidden = hidden
+
+    def route(self, choice: Choice, num_chunks: int) -> list[PeerReceipt]:
+        """Exchange the choices of all ranks, then route each chunk by its own counts."""
+        group = self._group
+        num_tokens = group.tokens_per_rank[group.rank]
+        experts = choice.experts.to(torch.int32)
+        if num_chunks == 1 and num_tokens * experts.shape[1] <= COUNTED_PAIRS:
+            prefixes = pair_index = None
+        else:
+            assert len(experts) == num_tokens, "only small steps are padded"
+            prefixes, pair_index = self._sort(experts, num_chunks)
+        self._lane.share(
+            self._hidden, experts, num_tokens, num_chunks, pair_index, prefixes, group.num_real
+        )
+        return [
+            self._receipt(chunk, num_chunks, len(experts) - num_tokens)
+            for chunk in range(num_chunks)
+        ]
+
+    def _sort(self, experts: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:
+        """Prefix sums of pairs per expert [C, E + 1], and each pair's place in its chunk [T, K]."""
+        slots = self._tables.slots[self._layer]
+        parts = []
+        for chunk in range(num_chunks):
+            span = chunk_of(len(experts), chunk, num_chunks)
+            groups, _, index = kernels.sort_pairs(experts[span], len(slots), slots, _ANY_TILE)
+            parts.append((groups.offsets, index))
+        if num_chunks == 1:
+            return parts[0][0].view(1, -1), parts[0][1]
+        return torch.stack([part for part, _ in parts]), torch.cat([part for _, part in parts])
+
+    def _receipt(self, chunk: int, num_chunks: int, padding: int) -> PeerReceipt:
+        group, lane = self._group, self._lane
+        per_token = lane.layout.num_experts_per_token
+        spans = [chunk_of(tokens, chunk, num_chunks) for tokens in group.tokens_per_rank]
+        num_tokens = sum(span.stop - span.start for span in spans)
+        held = int((group.placement.slot_table[self._layer, :, group.rank] >= 0).sum())
+        expected = (-(-num_tokens * per_token // len(spans)), max(1, held))
+        split = kernels.route_split(
+            lane.prefixes[chunk],
+            self._tables.copy_ranks[self._layer],
+            self._tables.slots[self._layer],
+            self._tokens_per_tile(*expected),
+            num_tokens * per_token,
+            route=group.route,
+            rank=group.rank,
+        )
+        lane.note_pairs(self._layer, split.groups.offsets[-1:])
+        return PeerReceipt(
+            tokens=slice(spans[group.rank].start, spans[group.rank].stop + padding),
+            groups=split.groups,
+            expected=expected,
+            spans=spans,
+            places=Places(split.segments, self._tables.copy_ranks[self._layer]),
+            first_pair=sum(span.start for span in spans) * per_token,
+            dispatch_ctas=lane.exchange_ctas if chunk else 0,
+            combine_ctas=lane.exchange_ctas if chunk + 1 < num_chunks else 0,
+        )
+
+    def dispatch(self, hidden: Tensor, receipt: Receipt) -> Tensor:
+        """The row of every pair that this rank computes, from wherever its token is: [P, D]."""
+        assert isinstance(receipt, PeerReceipt)
+        rows = self._lane.rows[receipt.first_pair :][: receipt.groups.num_pairs]
+        self._lane.pull(receipt, rows, receipt.dispatch_ctas)
+        return rows
+
+    def output_of(self, receipt: Receipt) -> Tensor:
+        """Where the experts write their results: other ranks read them there."""
+        assert isinstance(receipt, PeerReceipt)
+        return self._lane.pairs_of(receipt)
+
+    def combine(self, pairs: Tensor, weights: Tensor, receipt: Receipt) -> Tensor:
+        """The sum of each token's results, in ascending k, read where they were computed."""
+        assert isinstance(receipt, PeerReceipt)
+        num_tokens = receipt.tokens.stop - receipt.tokens.start
+        output = pairs.new_empty(num_tokens, pairs.shape[1])
+        self._lane.combine(receipt, weights, output, receipt.combine_ctas)
+        return output
+
+
+def _view(arena: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    num_bytes = torch.Size(shape).numel() * torch.empty((), dtype=dtype).element_size()
+    return arena[offset : offset + num_bytes].view(dtype).view(shape)

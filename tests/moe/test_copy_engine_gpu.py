@@ -1,0 +1,225 @@
+"""The copy_engine transport: real processes on real cards, both roads, against a rank alone."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from moe.cases import LayerWeights, placement_of, random_copies
+from moe.gpu_ranks import run_on_ranks
+from torch import Tensor
+
+from lightmoe.distributed.communicator import Communicator
+from lightmoe.distributed.peers import PeerMemory, Road, gather_bytes
+from lightmoe.errors import RankError
+from lightmoe.moe.dispatch import ExpertGroup, make_dispatcher
+from lightmoe.moe.dispatch.copy_engine import ArenaLayout, PeerLane
+from lightmoe.moe.experts import Experts, SlotPool
+from lightmoe.moe.gate import Gate
+from lightmoe.moe.layer import MoELayer
+from lightmoe.moe.load import LoadCounter
+from lightmoe.moe.overlap_model import Overlap
+from lightmoe.moe.placement import Placement, initial_placement
+from lightmoe.quant.packing import ExpertLayout
+
+pytestmark = pytest.mark.gpu
+
+NUM_EXPERTS, PER_TOKEN, WIDTH, EXPERT_WIDTH, MAX_TOKENS = 16, 4, 256, 128, 70
+
+
+@dataclass
+class Rank:
+    """What a rank's layers share, and how to make them."""
+
+    communicator: Communicator
+    device: torch.device
+    lane: PeerLane
+    dtype: torch.dtype
+    weights: LayerWeights
+
+    @classmethod
+    def join(
+        cls,
+        communicator: Communicator,
+        device: torch.device,
+        road: Road,
+        dtype: torch.dtype,
+        timeout_seconds: float = 60.0,
+    ) -> Rank:
+        layout = ArenaLayout(
+            num_ranks=communicator.num_ranks,
+            max_tokens=MAX_TOKENS,
+            num_experts=NUM_EXPERTS,
+            num_experts_per_token=PER_TOKEN,
+            width=WIDTH,
+            element_bytes=dtype.itemsize,
+        )
+        memory = PeerMemory(communicator, device, layout.num_bytes, road)
+        lane = PeerLane(
+            layout, memory, communicator.rank, 1, dtype, device, timeout_seconds, exchange_ctas=4
+        )
+        weights = LayerWeights.random(0, NUM_EXPERTS, PER_TOKEN, WIDTH, EXPERT_WIDTH)
+        return cls(communicator, device, lane, dtype, weights)
+
+    def layer(
+        self, placement: Placement, route: str, num_chunks: int, alone: bool = False
+    ) -> tuple[MoELayer, ExpertGroup]:
+        rank = 0 if alone else self.communicator.rank
+        group = ExpertGroup(
+            rank=rank,
+            placement=placement,
+            communicator=None if alone else self.communicator,
+            route=route,
+            layer_pairs=np.zeros(1, dtype=np.int64),
+            peers=None if alone else self.lane,
+        )
+        layout = ExpertLayout(WIDTH, EXPERT_WIDTH)
+        pool = SlotPool(placement.num_slots(rank), layout, self.dtype, self.device)
+        w = self.weights
+        for _, expert, slot in placement.hosted(rank):
+            parts = (w.gates[expert], w.ups[expert], w.downs[expert])
+            layout.write(pool.blobs[slot], *(part.to(pool.blobs) for part in parts))
+        experts = Experts(pool)
+        layer = MoELayer(
+            0,
+            Gate(w.router.to(self.device, self.dtype), PER_TOKEN, renormalize=True),
+            LoadCounter(1, NUM_EXPERTS, self.device),
+            make_dispatcher(group, 0, self.device, experts.tokens_per_tile),
+            experts,
+            overlap=Overlap(num_chunks=num_chunks, expert_ctas=64),
+        )
+        return layer, group
+
+    def hidden(self, num_tokens: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randn(num_tokens, WIDTH, generator=generator)
+        return rows.to(self.device, self.dtype)
+
+    def barrier(self) -> None:
+        torch.cuda.synchronize(self.device)
+        gather_bytes(self.communicator, b"x")
+
+
+def _delay(rng: random.Random, stream: torch.cuda.Stream) -> None:
+    if rng.random() < 0.4:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(rng.randrange(1, 400_000))
+    if rng.random() < 0.2:
+        time.sleep(rng.random() * 2e-3)
+
+
+def _many_steps(
+    communicator: Communicator, device: torch.device, road: Road, dtype: torch.dtype, steps: int
+) -> None:
+    """Random placements, routes, token counts, chunks and delays: always the bits of one rank."""
+    rank = Rank.join(communicator, device, road, dtype)
+    num_ranks = communicator.num_ranks
+    shared, own = random.Random(7), random.Random(communicator.rank)
+    numbers = np.random.default_rng(3)
+    alone, _ = rank.layer(initial_placement(1, NUM_EXPERTS, 1), "none", 1, alone=True)
+    plans = []
+    for number, (chunks, route) in enumerate(
+        itertools.product((1, 2, 3), ("waterfill", "even", "none"))
+    ):
+        copies = random_copies(numbers, NUM_EXPERTS, num_ranks, 8 * (number % 3))
+        plans.append(rank.layer(placement_of([copies], num_ranks), route, chunks))
+    for step in range(steps):
+        layer, group = shared.choice(plans)
+        group.tokens_per_rank = tuple(
+            0 if shared.random() < 0.2 else shared.randrange(1, MAX_TOKENS + 1)
+            for _ in range(num_ranks)
+        )
+        if not any(group.tokens_per_rank):
+            continue
+        hidden = rank.hidden(
+            group.tokens_per_rank[communicator.rank], 1000 * step + own.randrange(9)
+        )
+        if step % 10 == 0:
+            rank.barrier()
+            rank.lane.rows.fill_(float("nan"))
+            rank.lane.pairs.fill_(float("nan"))
+            rank.barrier()
+        _delay(own, torch.cuda.current_stream())
+        _delay(own, rank.lane.stream)
+        answer = layer(hidden)
+        rank.lane.count_pairs()
+        expected = alone(hidden) if len(hidden) else hidden
+        rank.lane.check()
+        if dtype == torch.float32:
+            torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(answer, expected), f"step {step}: {group.tokens_per_rank}"
+    rank.barrier()
+
+
+def _graph(communicator: Communicator, device: torch.device, road: Road) -> None:
+    """A layer captured once answers every replay's own hidden states."""
+    rank = Rank.join(communicator, device, road, torch.bfloat16)
+    num_ranks = communicator.num_ranks
+    alone, _ = rank.layer(initial_placement(1, NUM_EXPERTS, 1), "none", 1, alone=True)
+    layer, group = rank.layer(initial_placement(1, NUM_EXPERTS, num_ranks), "waterfill", 1)
+    group.tokens_per_rank = (8,) * num_ranks
+    hidden = rank.hidden(8, 0)
+    layer(hidden)
+    rank.barrier()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        answer = layer(hidden)
+    rank.barrier()
+    for step in range(20):
+        hidden.copy_(rank.hidden(8, 100 * step + communicator.rank))
+        graph.replay()
+        rank.lane.check()
+        assert torch.equal(answer, alone(hidden)), f"replay {step}"
+    rank.barrier()
+
+
+def _stalled(communicator: Communicator, device: torch.device, road: Road) -> None:
+    """Rank 1 never comes: everyone else says so."""
+    rank = Rank.join(communicator, device, road, torch.bfloat16, timeout_seconds=2.0)
+    num_ranks = communicator.num_ranks
+    layer, group = rank.layer(initial_placement(1, NUM_EXPERTS, num_ranks), "none", 1)
+    group.tokens_per_rank = (8,) * num_ranks
+    rank.barrier()
+    if communicator.rank != 1:
+        started = time.monotonic()
+        layer(rank.hidden(8, 0))
+        torch.cuda.synchronize()
+        with pytest.raises(RankError, match="rank 1 did not answer"):
+            rank.lane.check()
+        assert time.monotonic() - started < 20
+    gather_bytes(communicator, b"x")
+
+
+@pytest.mark.parametrize("road", ["ipc", "host"])
+@pytest.mark.parametrize(
+    ("num_ranks", "dtype", "steps"),
+    [
+        (1, torch.bfloat16, 50),
+        (4, torch.bfloat16, 200),
+        (4, torch.float32, 40),
+        (10, torch.bfloat16, 40),
+    ],
+    ids=["1-bf16", "4-bf16", "4-fp32", "10-bf16"],
+)
+def test_ranks_give_the_bits_of_a_rank_alone(
+    road: Road, num_ranks: int, dtype: torch.dtype, steps: int
+) -> None:
+    """With delays between the stages, poisoned buffers, replicas and changing counts."""
+    run_on_ranks(num_ranks, _many_steps, road, dtype, steps)
+
+
+@pytest.mark.parametrize("road", ["ipc", "host"])
+def test_a_graph_of_a_layer_answers_every_replay(road: Road) -> None:
+    """Sizes, counts and the route are the device's business."""
+    run_on_ranks(3, _graph, road)
+
+
+def test_a_stalled_rank_is_named() -> None:
+    """Within the timeout, and nothing hangs."""
+    run_on_ranks(3, _stalled, "ipc")

@@ -1,0 +1,125 @@
+"""The choice of the chunk count: fits, makespans against a plain event list, and where it is 1."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightmoe.errors import UsageError
+from lightmoe.moe.overlap_model import (
+    MARGIN,
+    LayerCosts,
+    StageCost,
+    choose_chunks,
+    fit,
+    pipeline_seconds,
+)
+
+costs = st.builds(
+    LayerCosts,
+    *[st.builds(StageCost, st.floats(0, 1e-3), st.floats(0, 1e-6)) for _ in range(4)],
+)
+EVEN = LayerCosts(StageCost(1e-6, 1e-7), StageCost(2e-6, 3e-7), StageCost(1e-6, 1e-7))
+
+
+def makespan_of_tasks(layer: LayerCosts, num_tokens: int, num_chunks: int) -> float:
+    """The same pipeline as a list of tasks with what each waits for."""
+    base, larger = divmod(num_tokens, num_chunks)
+    sizes = [base + (i < larger) for i in range(num_chunks)]
+    stream = ["d0"]
+    for i in range(num_chunks):
+        stream += [f"d{i + 1}"] * (i + 1 < num_chunks) + [f"c{i - 1}"] * (i > 0)
+    stream.append(f"c{num_chunks - 1}")
+    queues = {"stream": stream, "experts": [f"e{i}" for i in range(num_chunks)]}
+    kinds = {"d": layer.dispatch, "e": layer.experts, "c": layer.combine}
+    done: dict[str, float] = {}
+    free = dict.fromkeys(queues, layer.gate.seconds(num_tokens))
+    while any(queues.values()):
+        for queue, tasks in queues.items():
+            if not tasks:
+                continue
+            kind, index = tasks[0][0], int(tasks[0][1:])
+            needs = {
+                "d": [f"e{index - 2}"] * (index > 1),
+                "e": [f"d{index}", *[f"c{index - 2}"] * (index > 1)],  # one exchange brings both
+                "c": [f"e{index}"],
+            }
+            if all(need in done for need in needs[kind]):
+                start = max([free[queue], *(done[need] for need in needs[kind])])
+                done[tasks.pop(0)] = free[queue] = start + kinds[kind].seconds(sizes[index])
+    return max(done.values())
+
+
+@given(costs, st.integers(1, 4096), st.integers(1, 8))
+def test_the_pipeline_takes_as_long_as_its_tasks(
+    layer: LayerCosts, num_tokens: int, num_chunks: int
+) -> None:
+    expected = makespan_of_tasks(layer, num_tokens, num_chunks)
+    assert pipeline_seconds(layer, num_tokens, num_chunks) == pytest.approx(expected)
+
+
+@given(costs, st.integers(0, 4096), st.integers(1, 8))
+def test_no_other_count_is_better_and_overlap_pays_its_margin(
+    layer: LayerCosts, num_tokens: int, max_chunks: int
+) -> None:
+    choice = choose_chunks(layer, num_tokens, max_chunks)
+    counts = range(1, max(1, min(max_chunks, num_tokens)) + 1)
+    times = {count: pipeline_seconds(layer, num_tokens, count) for count in counts}
+    assert choice.num_chunks in counts
+    assert choice.serial_seconds == times[1]
+    assert choice.predicted_seconds == times[choice.num_chunks]
+    worth = min(times.values()) <= times[1] * (1 - MARGIN) < times[1]
+    assert choice.num_chunks == (min(times, key=lambda n: (times[n], n)) if worth else 1)
+    assert choice.reason.startswith(f"{choice.num_chunks} chunk")
+
+
+def test_long_prompts_are_cut_and_decode_is_not() -> None:
+    assert choose_chunks(EVEN, 8192).num_chunks == 8
+    decode = choose_chunks(EVEN, 8)
+    assert decode.num_chunks == 1
+    assert "does not save 5%" in decode.reason
+
+
+def test_reading_the_weights_again_forbids_chunks() -> None:
+    memory_bound = LayerCosts(StageCost(1e-5, 1e-7), StageCost(1e-3, 1e-9), StageCost(1e-5, 1e-7))
+    assert choose_chunks(memory_bound, 1024).num_chunks == 1
+
+
+def test_no_tokens_are_one_chunk() -> None:
+    assert choose_chunks(EVEN, 0) == choose_chunks(EVEN, 0, max_chunks=1)
+    assert choose_chunks(EVEN, 0).num_chunks == 1
+
+
+def test_the_gate_is_paid_once() -> None:
+    gated = LayerCosts(EVEN.dispatch, EVEN.experts, EVEN.combine, StageCost(1e-3, 0))
+    for count in (1, 4):
+        extra = pipeline_seconds(gated, 8192, count) - pipeline_seconds(EVEN, 8192, count)
+        assert extra == pytest.approx(1e-3)
+
+
+@given(
+    st.floats(0, 1e-2),
+    st.floats(1e-9, 1e-4),
+    st.lists(st.integers(1, 10_000), min_size=2, max_size=8, unique=True),
+)
+def test_a_line_is_found_again(alpha: float, beta: float, counts: list[int]) -> None:
+    cost = fit([(n, alpha + n * beta) for n in counts])
+    for n in counts:
+        assert cost.seconds(n) == pytest.approx(alpha + n * beta, rel=1e-6)
+
+
+@given(st.lists(st.tuples(st.integers(0, 10_000), st.floats(0, 1.0)), min_size=2, max_size=9))
+def test_a_fit_is_never_negative(points: list[tuple[int, float]]) -> None:
+    if len({n for n, _ in points}) < 2:
+        with pytest.raises(UsageError, match="two token counts"):
+            fit(points)
+        return
+    cost = fit(points)
+    assert cost.alpha_seconds >= 0
+    assert cost.seconds_per_token >= 0
+
+
+def test_falling_and_steep_timings_end_at_the_bounds() -> None:
+    assert fit([(1, 2e-3), (100, 1e-3)]).seconds_per_token == 0
+    assert fit([(100, 1e-4), (200, 1e-3)]).alpha_seconds == 0

@@ -56,7 +56,7 @@ $(BIN)/python:
 
 # The stamp carries the stack's name: after GPU=cuda12, a plain make install installs again. And a
 # checksum of the list of modules: an editable install remembers which file each module is in.
-$(STAMP): pyproject.toml CMakeLists.txt constraints/common.txt constraints/$(GPU).txt | $(BIN)/python
+$(STAMP): pyproject.toml CMakeLists.txt cute_kernels/cpu/route.cpp constraints/common.txt constraints/$(GPU).txt | $(BIN)/python
 ifdef TORCH_INDEX
 	$(BIN)/python -m pip install --no-deps --index-url $(TORCH_INDEX) --constraint constraints/$(GPU).txt torch
 endif

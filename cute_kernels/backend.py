@@ -5,19 +5,19 @@ compiler, or when it is told for which architectures:
 
     pip install . -C cmake.define.LIGHTMOE_CUDA_ARCHITECTURES=75,90      (or none)
 
-Only then is it bound to this platform and this Python, and only then is a compiler fetched.
-Everywhere else it is the wheel of pure Python. Editable installs take what `make kernels` builds.
+Only then is it bound to this platform and this Python, and only then is a compiler fetched. With a
+C++ compiler alone it holds the route of CPU ranks, for this platform and every Python 3
+(LIGHTMOE_HOST_ROUTE=OFF leaves it out); without one it is of pure Python. Editable installs have
+that route, too, and take the kernels that `make kernels` builds.
 """
 
 from __future__ import annotations
 
 import scikit_build_core.build as wrapped
 from scikit_build_core.build import (
-    build_editable,
     build_sdist,
     get_requires_for_build_editable,
     get_requires_for_build_sdist,
-    prepare_metadata_for_build_editable,
 )
 
 import toolchain
@@ -58,3 +58,21 @@ def build_wheel(
     """Build the wheel; returns its file name."""
     settings = wheel_settings.complete(config_settings)
     return wrapped.build_wheel(wheel_directory, settings, metadata_directory)
+
+
+def prepare_metadata_for_build_editable(
+    metadata_directory: str, config_settings: Settings | None = None
+) -> str:
+    """The metadata, with the tag that `build_editable` will give."""
+    settings = wheel_settings.with_host_route(config_settings)
+    return wrapped.prepare_metadata_for_build_editable(metadata_directory, settings)
+
+
+def build_editable(
+    wheel_directory: str,
+    config_settings: Settings | None = None,
+    metadata_directory: str | None = None,
+) -> str:
+    """Build the wheel of an editable install; returns its file name."""
+    settings = wheel_settings.with_host_route(config_settings)
+    return wrapped.build_editable(wheel_directory, settings, metadata_directory)

@@ -1,9 +1,11 @@
 // The Python module of liblight_ops: pointers and sizes as integers in, a status out.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "light_ops.h"
@@ -102,6 +104,32 @@ int quant_gemm(const py::tuple &groups, const py::tuple &tile, int dtype, Addres
   const py::gil_scoped_release released;
   return light_quant_gemm(&args, &instance, static_cast<light_dtype>(dtype), max_ctas,
                           pointer<void>(stream));
+}
+
+int fp8_gemm(const py::tuple &groups, const py::tuple &tile, int dtype, Address rows,
+             Address row_scales, Address pair_row, Address weights, Address scales,
+             long long slot_bytes, Address pair_weight, Address output, int depth,
+             int num_features, bool swiglu, bool output_float32, bool by_channels, int max_ctas,
+             bool groups_settled, Address stream) {
+  const light_fp8_gemm_args args{read_groups(groups),
+                                 pointer<const void>(rows),
+                                 pointer<const float>(row_scales),
+                                 pointer<const int>(pair_row),
+                                 pointer<const void>(weights),
+                                 pointer<const float>(scales),
+                                 slot_bytes,
+                                 pointer<const float>(pair_weight),
+                                 pointer<void>(output),
+                                 depth,
+                                 num_features,
+                                 swiglu,
+                                 output_float32,
+                                 by_channels,
+                                 groups_settled};
+  const light_tile instance = read_tile(tile);
+  const py::gil_scoped_release released;
+  return light_fp8_gemm(&args, &instance, static_cast<light_dtype>(dtype), max_ctas,
+                        pointer<void>(stream));
 }
 
 // How many tickets, and bytes of partial sums, a product split along its depth needs
@@ -232,6 +260,152 @@ int dequantize_rows(Address rows, Address row_index, Address output, Address sca
                                pointer<void>(stream));
 }
 
+template <class Element, class Value, std::size_t size>
+void read_list(const py::sequence &from, Value (&to)[size]) {
+  for (std::size_t i = 0; i < std::min(size, from.size()); ++i) {
+    if constexpr (std::is_pointer_v<Value>) {
+      to[i] = pointer<std::remove_pointer_t<Value>>(from[i].cast<Element>());
+    } else {
+      to[i] = from[i].cast<Element>();
+    }
+  }
+}
+
+// (arenas, offset, counter, failure, timeout in ns, rank): light_exchange_flags
+light_exchange_flags read_flags(const py::tuple &flags) {
+  light_exchange_flags read{};
+  const auto arenas = flags[0].cast<py::sequence>();
+  read_list<Address>(arenas, read.arenas);
+  read.offset = flags[1].cast<long long>();
+  read.counter = pointer<unsigned>(flags[2].cast<Address>());
+  read.failure = pointer<unsigned>(flags[3].cast<Address>());
+  read.timeout_nanoseconds = flags[4].cast<long long>();
+  read.rank = flags[5].cast<int>();
+  read.num_ranks = static_cast<int>(arenas.size());
+  return read;
+}
+
+// (segments, copy_ranks, num_experts, num_copies): light_places
+light_places read_places(const py::tuple &places) {
+  return {pointer<const int>(places[0].cast<Address>()),
+          pointer<const int>(places[1].cast<Address>()), places[2].cast<int>(),
+          places[3].cast<int>()};
+}
+
+int exchange_share(const py::tuple &flags, Address experts, Address pair_index, Address prefixes,
+                   Address num_real, Address hidden, Address published, Address ticket,
+                   long long choice_offset, long long prefix_offset, int num_tokens, int num_rows,
+                   int num_experts_per_token, int num_experts, int num_chunks, int width_bytes,
+                   int max_ctas, Address stream) {
+  const light_exchange_share_args args{read_flags(flags),
+                                       pointer<const int>(experts),
+                                       pointer<const int>(pair_index),
+                                       pointer<const int>(prefixes),
+                                       pointer<const int>(num_real),
+                                       pointer<const void>(hidden),
+                                       pointer<void>(published),
+                                       pointer<unsigned>(ticket),
+                                       choice_offset,
+                                       prefix_offset,
+                                       num_tokens,
+                                       num_rows,
+                                       num_experts_per_token,
+                                       num_experts,
+                                       num_chunks,
+                                       width_bytes};
+  const py::gil_scoped_release released;
+  return light_exchange_share(&args, max_ctas, pointer<void>(stream));
+}
+
+int exchange_meet(const py::tuple &flags, Address stream) {
+  const light_exchange_flags args = read_flags(flags);
+  const py::gil_scoped_release released;
+  return light_exchange_meet(&args, pointer<void>(stream));
+}
+
+int exchange_pull(const py::sequence &hidden, const py::sequence &begin, const py::sequence &count,
+                  const py::tuple &places, Address choices, Address rows, long long choice_stride,
+                  int rank, int num_experts_per_token, int width_bytes, bool on_cards,
+                  int max_ctas, Address stream) {
+  light_exchange_pull_args args{};
+  args.on_cards = on_cards;
+  read_list<Address>(hidden, args.hidden);
+  read_list<int>(begin, args.begin);
+  read_list<int>(count, args.count);
+  args.places = read_places(places);
+  args.choices = pointer<const int>(choices);
+  args.rows = pointer<void>(rows);
+  args.choice_stride = choice_stride;
+  args.rank = rank;
+  args.num_ranks = static_cast<int>(hidden.size());
+  args.num_experts_per_token = num_experts_per_token;
+  args.width_bytes = width_bytes;
+  const py::gil_scoped_release released;
+  return light_exchange_pull(&args, max_ctas, pointer<void>(stream));
+}
+
+int exchange_combine(const py::sequence &pairs, const py::tuple &places, Address choices,
+                     Address weights, Address output, int first_token, int num_tokens, int rank,
+                     int num_experts_per_token, int width_bytes, bool on_cards, int dtype,
+                     int max_ctas, Address stream) {
+  light_exchange_combine_args args{};
+  args.on_cards = on_cards;
+  read_list<Address>(pairs, args.pairs);
+  args.places = read_places(places);
+  args.choices = pointer<const int>(choices);
+  args.weights = pointer<const float>(weights);
+  args.output = pointer<void>(output);
+  args.first_token = first_token;
+  args.num_tokens = num_tokens;
+  args.rank = rank;
+  args.num_experts_per_token = num_experts_per_token;
+  args.width_bytes = width_bytes;
+  const py::gil_scoped_release released;
+  return light_exchange_combine(&args, static_cast<light_dtype>(dtype), max_ctas,
+                                pointer<void>(stream));
+}
+
+// tables: source_offsets, copy_ranks, segments, group_offsets, tile_offsets, tile_groups,
+// rank_pairs, active_experts
+int route_split(const py::tuple &tables, int source_stride, int num_ranks, int num_experts,
+                int num_copies, int rank, int route, int sweeps, int tokens_per_tile,
+                int most_tiles, Address stream) {
+  const auto table = [&](int i) { return pointer<int>(tables[i].cast<Address>()); };
+  const light_route_split_args args{table(0),      table(1),  table(2),   table(3),
+                                    table(4),      table(5),  table(6),   table(7),
+                                    source_stride, num_ranks, num_experts, num_copies,
+                                    rank,          route,     sweeps,     tokens_per_tile,
+                                    most_tiles};
+  const py::gil_scoped_release released;
+  return light_route_split(&args, pointer<void>(stream));
+}
+
+// sizes: the integers of light_paged_attention_args from num_tokens to max_queries, in their order
+int paged_attention(Address query, Address keys, Address values, Address block_tables,
+                    Address query_starts, Address lengths, Address output, Address workspace,
+                    long long workspace_bytes, long long query_stride, float scale,
+                    const py::tuple &sizes, int dtype, Address stream) {
+  light_paged_attention_args args{};
+  args.query = pointer<const void>(query);
+  args.keys = pointer<const void>(keys);
+  args.values = pointer<const void>(values);
+  args.block_tables = pointer<const int>(block_tables);
+  args.query_starts = pointer<const int>(query_starts);
+  args.lengths = pointer<const int>(lengths);
+  args.output = pointer<void>(output);
+  args.partials = pointer<float>(workspace);
+  args.workspace_bytes = workspace_bytes;
+  args.query_stride = query_stride;
+  args.scale = scale;
+  int i = 0;
+  for (int *size : {&args.num_tokens, &args.num_sequences, &args.num_heads, &args.num_kv_heads,
+                    &args.width, &args.block_size, &args.table_stride, &args.max_queries}) {
+    *size = sizes[i++].cast<int>();
+  }
+  const py::gil_scoped_release released;
+  return light_paged_attention(&args, static_cast<light_dtype>(dtype), pointer<void>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_light_ops, module) {
@@ -255,6 +429,11 @@ PYBIND11_MODULE(_light_ops, module) {
              arg("num_features"), arg("swiglu"), arg("output_float32"), arg("num_bits"),
              arg("group_size"), arg("max_ctas"), arg("split_sums") = 0, arg("split_tickets") = 0,
              arg("depth_splits") = 1, arg("groups_settled") = false, arg("stream"));
+  module.def("fp8_gemm", &fp8_gemm, py::kw_only(), arg("groups"), arg("tile"), arg("dtype"),
+             arg("rows"), arg("row_scales"), arg("pair_row"), arg("weights"), arg("scales"),
+             arg("slot_bytes"), arg("pair_weight"), arg("output"), arg("depth"),
+             arg("num_features"), arg("swiglu"), arg("output_float32"), arg("by_channels"),
+             arg("max_ctas"), arg("groups_settled") = false, arg("stream"));
   module.def("split_needs", &split_needs, arg("tile"), arg("num_pairs"), arg("num_groups"),
              arg("weight_rows"), arg("depth_splits"));
   module.def("topk_gate", &topk_gate, py::kw_only(), arg("logits"), arg("hidden"),
@@ -278,6 +457,30 @@ PYBIND11_MODULE(_light_ops, module) {
   module.def("permute_fp8", &permute_fp8, py::kw_only(), arg("rows"), arg("row_index"),
              arg("output"), arg("scales"), arg("num_rows"), arg("width"), arg("group_size"),
              arg("dtype"), arg("max_ctas"), arg("stream"));
+  module.def("exchange_share", &exchange_share, py::kw_only(), arg("flags"), arg("experts"),
+             arg("pair_index"), arg("prefixes"), arg("num_real"), arg("hidden"), arg("published"),
+             arg("ticket"), arg("choice_offset"), arg("prefix_offset"), arg("num_tokens"),
+             arg("num_rows"),
+             arg("num_experts_per_token"), arg("num_experts"), arg("num_chunks"),
+             arg("width_bytes"), arg("max_ctas"), arg("stream"));
+  module.def("exchange_meet", &exchange_meet, py::kw_only(), arg("flags"), arg("stream"));
+  module.def("exchange_pull", &exchange_pull, py::kw_only(), arg("hidden"), arg("begin"),
+             arg("count"), arg("places"), arg("choices"), arg("rows"), arg("choice_stride"),
+             arg("rank"), arg("num_experts_per_token"), arg("width_bytes"), arg("on_cards"),
+             arg("max_ctas"), arg("stream"));
+  module.def("exchange_combine", &exchange_combine, py::kw_only(), arg("pairs"), arg("places"),
+             arg("choices"), arg("weights"), arg("output"), arg("first_token"), arg("num_tokens"),
+             arg("rank"), arg("num_experts_per_token"), arg("width_bytes"), arg("on_cards"),
+             arg("dtype"), arg("max_ctas"), arg("stream"));
+  module.def("route_split", &route_split, py::kw_only(), arg("tables"), arg("source_stride"),
+             arg("num_ranks"), arg("num_experts"), arg("num_copies"), arg("rank"), arg("route"),
+             arg("sweeps"), arg("tokens_per_tile"), arg("most_tiles"), arg("stream"));
+  module.def("paged_attention", &paged_attention, py::kw_only(), arg("query"), arg("keys"),
+             arg("values"), arg("block_tables"), arg("query_starts"), arg("lengths"),
+             arg("output"), arg("workspace"), arg("workspace_bytes"), arg("query_stride"),
+             arg("scale"), arg("sizes"), arg("dtype"), arg("stream"));
+  module.def("paged_attention_workspace_bytes", &light_paged_attention_workspace_bytes,
+             arg("num_sequences"), arg("num_heads"), arg("width"), arg("most_positions"));
   for (const auto &[name, function] :
        {std::pair{"permute_int8", &permute_int8}, std::pair{"dequantize_rows", &dequantize_rows}}) {
     module.def(name, function, py::kw_only(), arg("rows"), arg("row_index"), arg("output"),

@@ -75,9 +75,9 @@ __device__ __forceinline__ void copy_box(const TensorMap &map, unsigned barrier,
       : "memory");
 }
 
-// A panel [rows, 64] of 16-bit elements, depth contiguous, 128-byte swizzle, 1024 bytes for every
+// A panel [rows, 128 bytes], depth contiguous, 128-byte swizzle, 1024 bytes for every
 // 8 rows, as the tensor cores read it (PTX ISA, "Matrix descriptor"). `address` may be 32 bytes
-// further for every 16 of depth.
+// further for every mma of depth.
 __device__ __forceinline__ unsigned long long panel_descriptor(unsigned address) {
   constexpr unsigned long long kEightRows = 1024 / 16, kSwizzle128 = 1;
   return (address & 0x3ffff) / 16 | 1ull << 16 | kEightRows << 32 | kSwizzle128 << 62;
@@ -86,8 +86,11 @@ __device__ __forceinline__ unsigned long long panel_descriptor(unsigned address)
 namespace gmma = cute::SM90::GMMA;
 constexpr gmma::Major kDepthMajor = gmma::Major::K;
 
+struct E4M3;
+
+// sums [64 weights, Tokens] += weights [64, 32 bytes] x tokens [32 bytes, Tokens]
 template <class Element, int Tokens>
-struct WarpgroupMma;  // sums [64 weights, Tokens] += weights [64, 16] x tokens [16, Tokens]
+struct WarpgroupMma;
 
 #define LIGHT_WARPGROUP_MMA(tokens)                                                               \
   template <>                                                                                     \
@@ -115,10 +118,30 @@ LIGHT_WARPGROUP_MMA(160)
 LIGHT_WARPGROUP_MMA(176)
 #undef LIGHT_WARPGROUP_MMA
 
+#define LIGHT_WARPGROUP_MMA_E4M3(tokens)                      \
+  template <>                                                 \
+  struct WarpgroupMma<E4M3, tokens> {                         \
+    using Shared = gmma::MMA_64x##tokens##x32_F32E4M3E4M3_SS_TN<>; \
+  };
+LIGHT_WARPGROUP_MMA_E4M3(8)
+LIGHT_WARPGROUP_MMA_E4M3(16)
+LIGHT_WARPGROUP_MMA_E4M3(24)
+LIGHT_WARPGROUP_MMA_E4M3(32)
+LIGHT_WARPGROUP_MMA_E4M3(48)
+LIGHT_WARPGROUP_MMA_E4M3(64)
+LIGHT_WARPGROUP_MMA_E4M3(80)
+LIGHT_WARPGROUP_MMA_E4M3(96)
+LIGHT_WARPGROUP_MMA_E4M3(112)
+LIGHT_WARPGROUP_MMA_E4M3(128)
+#undef LIGHT_WARPGROUP_MMA_E4M3
+
+constexpr gmma::ScaleOut kAdd = gmma::ScaleOut::One, kOverwrite = gmma::ScaleOut::Zero;
+
 template <class Element, int Tokens, int Sums, int... I>
 __device__ __forceinline__ void mma_shared(unsigned long long weights, unsigned long long tokens,
-                                           float (&sums)[Sums], cute::int_sequence<I...>) {
-  WarpgroupMma<Element, Tokens>::Shared::fma(weights, tokens, sums[I]...);
+                                           float (&sums)[Sums], cute::int_sequence<I...>,
+                                           gmma::ScaleOut before = kAdd) {
+  WarpgroupMma<Element, Tokens>::Shared::fma(weights, tokens, sums[I]..., before);
 }
 
 template <class Element, int Tokens, int Sums, int... I>

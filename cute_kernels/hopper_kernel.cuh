@@ -1,4 +1,4 @@
-// The body of grouped_gemm and quant_gemm on Hopper: one warpgroup copies, the others multiply.
+// The body of the matrix stems on Hopper: one warpgroup copies, the others multiply.
 //
 //     producer   looks units up ──> weights (copy engine), token rows (copy engine or cp.async)
 //     consumers  wait for a stage ──> wgmma ──> give the stage back ──> epilogue of a unit
@@ -65,6 +65,7 @@ class HopperConsumer {
       const HopperUnit unit = memory_.unit(index);
       multiply_by_width(unit.num_tokens, typename MmaWidths<Tile::kLimit>::List{});
       const unsigned stage = memory_.stage(cursor_.index);
+      if constexpr (Operand::kScaled) operand_.finish(unit, sums_);
       if (Tile::kDepthParts == 1 || add_parts(stage)) epilogue_(unit, stage, sums_);
       fence_async_proxy();  // before the copy engine writes where the epilogue was
       release(cursor_.index);
@@ -75,7 +76,7 @@ class HopperConsumer {
  private:
   static __device__ __forceinline__ Operand make_operand(const HopperLaunch<Args> &launch,
                                                          int warpgroup) {
-    if constexpr (Operand::kInRegisters) {
+    if constexpr (Operand::kInRegisters || Operand::kScaled) {
       return Operand(launch, warpgroup);
     } else {
       return Operand();
@@ -99,6 +100,8 @@ class HopperConsumer {
     }
     if constexpr (Operand::kInRegisters) {
       multiply_registers<Width>();
+    } else if constexpr (Operand::kScaled) {
+      multiply_scaled<Width>();
     } else {
       multiply_shared<Width>();
     }
@@ -137,6 +140,53 @@ class HopperConsumer {
       previous = cursor_.index;
       if (left > 1) cursor_.advance(num_stages_);
     }
+  }
+
+  // The sums of a panel's depth are multiplied and added by threads, while the tensor cores work for
+  // another warpgroup.
+  template <int Width>
+  __device__ __forceinline__ void multiply_scaled() {
+    float part[Width / 2] = {};
+#pragma unroll 1
+    for (int left = num_steps_; left > 0; --left) {
+      if (left < num_steps_) wait_stage();
+      const unsigned stage = memory_.stage(cursor_.index);
+#pragma unroll
+      for (int panel = 0; panel < Tile::kPanels; ++panel) {
+#pragma unroll
+        for (int block = 0; block < Tile::kBlocks; ++block) {
+          multiply_panel<Width>(stage, panel, block, part);
+          operand_.template add<Width>(stage, panel, block, part, sums_[block]);
+        }
+      }
+      if (left > 1) {
+        release(cursor_.index);
+        cursor_.advance(num_stages_);
+      }
+    }
+  }
+
+  template <int Width>
+  __device__ __forceinline__ void multiply_panel(unsigned stage, int panel, int block,
+                                                 float (&part)[Width / 2]) const {
+    hold(part);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int step = panel * 4; step < panel * 4 + 4; ++step) {
+      mma_shared<E4M3, Width>(Operand::descriptor(stage, row_group_, block, step),
+                              tokens_at(stage, step), part, cute::make_int_sequence<Width / 2>{},
+                              step % 4 ? kAdd : kOverwrite);
+    }
+    cute::warpgroup_commit_batch();
+    cute::warpgroup_wait<0>();
+    hold(part);
+  }
+
+  // What the mma write is not moved past this.
+  template <int Count>
+  static __device__ __forceinline__ void hold(float (&sums)[Count]) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) asm volatile("" : "+f"(sums[i])::"memory");
   }
 
   // The weights of a panel become numbers while the tensor cores work on the one before it; where
@@ -257,7 +307,9 @@ template <class Tile>
 struct RoleRegisters {
   static constexpr int kEach = 65536 / Tile::kCtasPerSm / Tile::kThreads / 8 * 8;
   static constexpr bool kManyThreads = Tile::kCtasPerSm > 1 || Tile::kWarpgroups > 2;
-  static constexpr bool kManySums = Tile::kBlocks * Tile::kLimit > 256;
+  static constexpr int kSums = Tile::kBlocks * Tile::kLimit / 2;
+  static constexpr int kPanelSums = Tile::kRowBits == 8 ? Tile::kLimit / 2 : 0;
+  static constexpr bool kManySums = kSums + kPanelSums > 128;
   static constexpr int kProducer = kManyThreads ? 48 : kManySums ? 72 : 88;
   static constexpr int kConsumer =
       (kEach * (1 + Tile::kWarpgroups) - kProducer) / Tile::kWarpgroups / 8 * 8;
@@ -273,9 +325,9 @@ __device__ __forceinline__ void run_hopper_kernel(
   const HopperMemory<Tile, Args> memory(launch, shared);
   if (threadIdx.x == 0) {
     prefetch_map(launch.weights);
-    const int gatherers = launch.args.pair_row ? Producer::kGatherArrivals : 0;
+    const int arrivals = Producer::arrivals(launch);
     for (int i = 0; i < launch.num_stages; ++i) {
-      init_barrier(memory.full(i), 1 + gatherers);
+      init_barrier(memory.full(i), arrivals);
       init_barrier(memory.empty(i), Consumer::kArrivals);
     }
     init_barrier(memory.counted(), 1);

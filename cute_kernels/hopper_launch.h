@@ -7,8 +7,8 @@
 
 namespace light {
 
-constexpr int kPanelDepth = 64;       // elements of depth in 128 bytes: one row of a swizzled panel
-constexpr int kPanelRowBytes = 128;
+constexpr int kPanelRowBytes = 128;  // of depth: one row of a swizzled panel
+constexpr int kScaleSpan = 128;      // rows, and elements of depth, that share an e4m3 scale
 constexpr int kMostStages = 12;
 constexpr int kRingUnits = 16;        // more than stages: a unit's entry outlives its last stage
 constexpr int kStageAlignment = 1024;  // a swizzled panel repeats after 8 rows
@@ -44,6 +44,9 @@ LIGHT_HOST_DEVICE constexpr int round_up(int value, int multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+// Elements of so many bits in a row of a panel.
+LIGHT_HOST_DEVICE constexpr int panel_depth(int bits) { return kPanelRowBytes * 8 / bits; }
+
 // Rows that one copy of contiguous token rows brings, for a tile of `tokens` at most. Few large
 // copies: with 32 rows to a copy prefill ran a tenth slower on an H100, with 16 a quarter.
 LIGHT_HOST_DEVICE constexpr int row_box(int tokens) {
@@ -74,6 +77,15 @@ LIGHT_HOST_DEVICE constexpr HopperStage hopper_stage(int weight_rows, int tokens
   const int zeros_offset = scales_offset + round_up(scales, 128);
   const int bytes = round_up(zeros_offset + round_up(zeros, 128), kStageAlignment);
   return {weights, scales_offset, zeros_offset, bytes, weights + scales + zeros};
+}
+
+// Of weights and rows in e4m3. Every 128 of depth have two lists of what a token's sums are
+// multiplied by, in float32: with gate and with up rows, or with the tile's first 128 and the rest.
+LIGHT_HOST_DEVICE constexpr HopperStage fp8_stage(int weight_rows, int tokens, int depth) {
+  const int weights = weight_rows * depth;
+  const int scales_offset = weights + tokens * depth;
+  const int end = scales_offset + depth / kScaleSpan * 2 * tokens * 4;
+  return {weights, scales_offset, end, round_up(end, kStageAlignment), weights};
 }
 
 }  // namespace light

@@ -9,20 +9,25 @@ namespace light {
 template <class Tile, class Operand>
 class HopperProducer {
   using Args = typename Operand::Args;
+  using Scales = typename Operand::Scales;
   static constexpr int kGatherRows = (Tile::kLimit + 15) / 16;  // of a thread
 
  public:
-  static constexpr int kGatherArrivals = 128;  // of its threads, once their copies are there
+  // At a stage's barrier: the leader, threads whose copies are there, warps that wrote scales.
+  static __device__ __forceinline__ int arrivals(const HopperLaunch<Args> &launch) {
+    return 1 + (launch.args.pair_row ? 128 : 0) + Scales::num_threads(launch) / 32;
+  }
 
   __device__ __forceinline__ HopperProducer(const HopperLaunch<Args> &launch,
                                             const HopperMemory<Tile, Args> &memory)
       : launch_(launch),
         args_(launch.args),
-        memory_(memory) {}
+        memory_(memory),
+        scales_(launch) {}
 
   __device__ __forceinline__ void run() {
     // The copy engine needs two threads, and their warps to look units up.
-    if (!gathers() && threadIdx.x >= 64) return;
+    if (!gathers() && threadIdx.x >= 64 && !writes_scales()) return;
     const bool settled = args_.groups.offsets == nullptr || args_.groups_settled;
     if (!settled) follow_previous_kernel();
     UnitLookup<Tile> lookup(args_.groups, launch_.tokens, args_.num_features);
@@ -43,6 +48,9 @@ class HopperProducer {
 
  private:
   __device__ __forceinline__ bool gathers() const { return args_.pair_row != nullptr; }
+  __device__ __forceinline__ bool writes_scales() const {
+    return threadIdx.x < Scales::num_threads(launch_);
+  }
   __device__ __forceinline__ bool leads() const { return threadIdx.x == 0; }
   __device__ __forceinline__ int num_boxes(const HopperUnit &unit) const {
     return (unit.num_tokens + row_box(launch_.tokens) - 1) / row_box(launch_.tokens);
@@ -74,7 +82,8 @@ class HopperProducer {
   // one.
   __device__ __forceinline__ void copy_unit(int index, const HopperUnit &unit) {
     if (gathers()) find_rows(unit);
-    if (gathers() || threadIdx.x % 32 == 0) copy_stages(index, unit);
+    if (writes_scales()) scales_.begin(unit);
+    if (gathers() || writes_scales() || threadIdx.x % 32 == 0) copy_stages(index, unit);
     __syncwarp();
   }
 
@@ -91,8 +100,15 @@ class HopperProducer {
       }
       if (!gathers() && threadIdx.x == 32) copy_rows(unit, depth);
       if (gathers()) gather_rows(unit, depth);
+      if (writes_scales()) write_scales();
       cursor_.advance(launch_.num_stages);
     }
+  }
+
+  __device__ __forceinline__ void write_scales() {
+    scales_.write(memory_.stage(cursor_.index));
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(memory_.full(cursor_.index));
   }
 
   // Rows first_pair, first_pair + 1 ...; those behind the unit's last one are never stored.
@@ -103,7 +119,7 @@ class HopperProducer {
 #pragma unroll
       for (int panel = 0; panel < Tile::kPanels; ++panel) {
         copy_box(launch_.rows, barrier, target + panel * launch_.tokens * kPanelRowBytes,
-                 depth + panel * kPanelDepth, unit.first_pair + box * row_box(launch_.tokens));
+                 depth + panel * Tile::kPanelDepth, unit.first_pair + box * row_box(launch_.tokens));
       }
       target += row_box(launch_.tokens) * kPanelRowBytes;
     }
@@ -119,20 +135,23 @@ class HopperProducer {
   }
 
   __device__ __forceinline__ void gather_rows(const HopperUnit &unit, int depth) const {
+    constexpr int kElementBytes = Tile::kRowBits / 8;
     const int first = threadIdx.x / 8, chunk = threadIdx.x % 8;
     const unsigned target = memory_.stage(cursor_.index) + launch_.stage.tokens_offset +
                             panel_offset(first, chunk);
 #pragma unroll
     for (int panel = 0; panel < Tile::kPanels; ++panel) {
-      const int column = depth + panel * kPanelDepth + chunk * kChunk;
+      const int column = depth + panel * Tile::kPanelDepth + chunk * (16 / kElementBytes);
       const int bytes = column < args_.depth ? 16 : 0;
-      const char *source = static_cast<const char *>(args_.rows) + (bytes ? column * 2 : 0);
+      const char *source =
+          static_cast<const char *>(args_.rows) + (bytes ? column * kElementBytes : 0);
 #pragma unroll
       for (int i = 0; i < kGatherRows; ++i) {
         if (i * 16 >= unit.num_tokens) break;
         if (row_[i] < 0) continue;
         copy_async_16(target + (panel * launch_.tokens + i * 16) * kPanelRowBytes,
-                      source + static_cast<long long>(row_[i]) * args_.depth * 2, bytes);
+                      source + static_cast<long long>(row_[i]) * args_.depth * kElementBytes,
+                      bytes);
       }
     }
     arrive_when_copied(memory_.full(cursor_.index));
@@ -141,6 +160,7 @@ class HopperProducer {
   const HopperLaunch<Args> &launch_;
   const Args &args_;
   const HopperMemory<Tile, Args> &memory_;
+  Scales scales_;
   StageCursor cursor_;
   int early_ = 0;  // stages of the first unit whose weights were copied ahead
   int row_[kGatherRows];

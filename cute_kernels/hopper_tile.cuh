@@ -10,9 +10,9 @@ namespace light {
 // `RowGroups` warpgroups share a tile's rows, or `DepthParts` of them its depth: these add their
 // sums in order.
 template <class ElementType, int WeightRows, int Limit, int Depth, int RowGroups, int DepthParts,
-          int CtasPerSm, int NumBits, bool Swiglu>
+          int CtasPerSm, int NumBits, bool Swiglu, int RowBits = 16>
 struct HopperTile {
-  using Element = ElementType;
+  using Element = ElementType;  // of the output
   static constexpr int kWeightRows = WeightRows;
   static constexpr int kLimit = Limit;  // tokens whose sums a warpgroup's registers hold
   static constexpr int kDepth = Depth;
@@ -20,13 +20,15 @@ struct HopperTile {
   static constexpr int kDepthParts = DepthParts;
   static constexpr int kWarpgroups = RowGroups * DepthParts;  // and one that feeds them
   static constexpr int kCtasPerSm = CtasPerSm;
-  static constexpr int kNumBits = NumBits;
+  static constexpr int kNumBits = NumBits;  // of a weight
+  static constexpr int kRowBits = RowBits;  // of an element of a token's row
   static constexpr bool kSwiglu = Swiglu;
 
   static constexpr int kThreads = 128 * (1 + kWarpgroups);
   static constexpr int kBlocks = WeightRows / 64 / RowGroups;  // of 64 rows, of a warpgroup
+  static constexpr int kPanelDepth = panel_depth(RowBits);
   static constexpr int kPanels = Depth / kPanelDepth;
-  static constexpr int kSteps = Depth / 16;  // mma of a stage
+  static constexpr int kSteps = 4 * kPanels;  // mma of a stage: each takes 32 bytes of a panel's rows
   static constexpr int kWeightBytes = WeightRows * Depth * NumBits / 8;
   static constexpr int kFeatures = Swiglu ? WeightRows / 2 : WeightRows;
   static constexpr int kBlockFeatures = Swiglu ? 32 : 64;  // of 64 rows

@@ -7,21 +7,35 @@
 
 namespace light {
 
-// 16-bit rows. With SwiGLU 8 gate rows and the 8 up rows beside them take turns: the box has an
+// Of an operand whose sums are whole when its mma are done.
+struct NoScales {
+  template <class Launch>
+  static __device__ __forceinline__ int num_threads(const Launch &) {
+    return 0;
+  }
+  template <class Launch>
+  __device__ __forceinline__ explicit NoScales(const Launch &) {}
+  __device__ __forceinline__ void begin(const HopperUnit &) {}
+  __device__ __forceinline__ void write(unsigned) {}
+};
+
+// Rows as the mma takes them. With SwiGLU 8 gate rows and the 8 up rows beside them take turns: the box has an
 // axis of rows, one of gate and up, and one of blocks.
-template <class Tile>
+template <class Tile, class ArgsType = light_grouped_gemm_args>
 class PlainOperand {
  public:
-  using Args = light_grouped_gemm_args;
+  using Args = ArgsType;
   static_assert(Tile::kPanels == 1 || Tile::kRowGroups == 1, "a row group's rows lie together");
   static constexpr bool kInRegisters = false;
+  using Scales = NoScales;
+  static constexpr bool kScaled = false;  // the sums of a panel, by what Scales makes
 
   static __device__ __forceinline__ void copy(const HopperLaunch<Args> &launch, unsigned barrier,
                                               unsigned stage, const HopperUnit &unit, int depth) {
 #pragma unroll
     for (int panel = 0; panel < Tile::kPanels; ++panel) {
       const unsigned target = stage + panel * Tile::kWeightRows * kPanelRowBytes;
-      const int at = depth + panel * kPanelDepth, block = unit.weight_block;
+      const int at = depth + panel * Tile::kPanelDepth, block = unit.weight_block;
       if constexpr (Tile::kSwiglu) {
         copy_box(launch.weights, barrier, target, at, 0, 0, block * (Tile::kWeightRows / 16),
                  unit.slot);
@@ -31,7 +45,7 @@ class PlainOperand {
     }
   }
 
-  // The descriptor of block `block` of a row group at a step of 16 of depth.
+  // The descriptor of block `block` of a row group at a step of 32 bytes of depth.
   static __device__ __forceinline__ unsigned long long descriptor(unsigned stage, int row_group,
                                                                   int block, int step) {
     const int row = (row_group * Tile::kBlocks + block) * 64;
@@ -54,6 +68,8 @@ class PackedOperand {
  public:
   using Args = light_quant_gemm_args;
   static constexpr bool kInRegisters = true;
+  using Scales = NoScales;
+  static constexpr bool kScaled = false;
 
   static __device__ __forceinline__ void copy(const HopperLaunch<Args> &launch, unsigned barrier,
                                               unsigned stage, const HopperUnit &unit, int depth) {
@@ -94,7 +110,7 @@ class PackedOperand {
     const bool new_panel_group = first_panel || stage_groups_ >= Tile::kPanels;
     const bool half_panel_groups = stage_groups_ > Tile::kPanels;
     if (step == 0 ? new_panel_group : step * 16 == kSmallestGroup && half_panel_groups) {
-      load_scales(stage, row_block, (panel * kPanelDepth + step * 16) >> group_shift_, block);
+      load_scales(stage, row_block, (panel * Tile::kPanelDepth + step * 16) >> group_shift_, block);
     }
     dequantize_fragment(packed_[block], step, upper_[block], lower_[block], a);
   }

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 FOLDER = Path(__file__).resolve().parent
 DTYPES = {"f16": 0, "bf16": 1}
 EPILOGUES = {"plain": 0, "swiglu": 1}
-SIMPLE_STEMS = ("topk_gate", "permute", "combine")
+ATTENTION_WIDTHS = (32, 64, 128, 256, 576)  # kWidths of paged_attention_sizes.h
+SIMPLE_STEMS = ("topk_gate", "permute", "combine", "exchange", "route")
 
 
 def _load_tiles() -> ModuleType:
@@ -57,12 +58,17 @@ class Program:
         return FOLDER / f"{self.stem}.cu"
 
 
-MATRIX_BITS = {"grouped_gemm": (16,), "quant_gemm": (4, 8)}
+MATRIX_BITS = {"grouped_gemm": (16,), "quant_gemm": (4, 8), "fp8_gemm": (8,)}
+ROW_BITS = {"grouped_gemm": 16, "quant_gemm": 16, "fp8_gemm": 8}
 
 
 def programs(architecture: int) -> list[Program]:
     """Every program of `architecture` (75 is sm_75), the first of each stem first of its kind."""
-    return [*_matrix_programs(architecture), *_simple_programs()]
+    return [
+        *_matrix_programs(architecture),
+        *_attention_programs(architecture),
+        *_simple_programs(),
+    ]
 
 
 def nearest(capability: int) -> int | None:
@@ -76,7 +82,7 @@ def tiles(stem: str, architecture: int) -> tuple[Tile, ...]:
     found = [
         tile
         for num_bits in MATRIX_BITS[stem]
-        for tile in _tiles.candidates(architecture, num_bits)
+        for tile in _tiles.candidates(architecture, num_bits, ROW_BITS[stem])
     ]
     return tuple(dict.fromkeys(found))
 
@@ -84,7 +90,8 @@ def tiles(stem: str, architecture: int) -> tuple[Tile, ...]:
 def _matrix_programs(architecture: int) -> Iterator[Program]:
     for stem, all_bits in MATRIX_BITS.items():
         for num_bits in all_bits:
-            instances = {tile.name: tile for tile in _tiles.candidates(architecture, num_bits)}
+            found = _tiles.candidates(architecture, num_bits, ROW_BITS[stem])
+            instances = {tile.name: tile for tile in found}
             for tile in instances.values():
                 for dtype in DTYPES:
                     if dtype == "bf16" and (architecture < 80 or tile.half_accumulate):
@@ -95,7 +102,7 @@ def _matrix_programs(architecture: int) -> Iterator[Program]:
 
 def matrix_program(stem: str, tile: Tile, dtype: str, num_bits: int, epilogue: str) -> Program:
     """One instance of a matrix stem; its kernel has the program's name."""
-    bits = "" if num_bits == 16 else f"_int{num_bits}"
+    bits = f"_int{num_bits}" if num_bits < ROW_BITS[stem] else ""
     name = f"{stem}_{dtype}{bits}_{tile.name}_{epilogue}"
     defines: dict[str, int | str] = {
         "LIGHT_KERNEL_NAME": name,
@@ -114,6 +121,19 @@ def matrix_program(stem: str, tile: Tile, dtype: str, num_bits: int, epilogue: s
         "LIGHT_DEPTH_PARTS": tile.depth_parts,
     }
     return Program(name, stem, defines, threads=tile.threads, tile=tile, num_bits=num_bits)
+
+
+def _attention_programs(architecture: int) -> Iterator[Program]:
+    for width in ATTENTION_WIDTHS:
+        for dtype, number in DTYPES.items():
+            if dtype == "f16" or architecture >= 80:
+                name = f"paged_attention_{dtype}_w{width}"
+                defines: dict[str, int | str] = {
+                    "LIGHT_KERNEL_NAME": name,
+                    "LIGHT_DTYPE": number,
+                    "LIGHT_WIDTH": width,
+                }
+                yield Program(name, "paged_attention", defines)
 
 
 def _simple_programs() -> Iterator[Program]:

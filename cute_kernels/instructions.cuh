@@ -161,6 +161,18 @@ __device__ __forceinline__ uint4 load_shared_16(unsigned address) {
   return value;
 }
 
+__device__ __forceinline__ void store_shared_float(unsigned address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value));
+}
+
+__device__ __forceinline__ float2 load_shared_floats(unsigned address) {
+  float2 values;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+               : "=f"(values.x), "=f"(values.y)
+               : "r"(address));
+  return values;
+}
+
 __device__ __forceinline__ unsigned load_shared_u16(unsigned address) {
   unsigned short value;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address));

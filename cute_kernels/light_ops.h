@@ -114,6 +114,27 @@ typedef struct light_quant_gemm_args {
   int groups_settled;        // the groups' tables are older than the kernel in front of this one
 } light_quant_gemm_args;
 
+// The same product of e4m3 rows and e4m3 weights, both scaled, on Hopper alone. By blocks:
+// row scales [R, ceil(depth / 128)]; the weights' [ceil(N / 128), ceil(depth / 128)], with swiglu of
+// gate, then of up. By channels: [R], and one for each weight row.
+typedef struct light_fp8_gemm_args {
+  light_pair_groups groups;
+  const void *rows;          // [R, depth] e4m3
+  const float *row_scales;
+  const int *pair_row;       // [P] row of each pair; null: row p is pair p
+  const void *weights;       // first slot's matrix [num_features or 2 num_features, depth] e4m3
+  const float *scales;       // first slot's
+  long long slot_bytes;      // from one slot's to the next's (weights and scales alike)
+  const float *pair_weight;  // [P] multiplies a pair's output; null: 1
+  void *output;              // [P, num_features] of dtype, or float32 where output_float32
+  int depth;                 // a multiple of 16
+  int num_features;          // a multiple of 8
+  int swiglu;
+  int output_float32;        // only without swiglu
+  int by_channels;
+  int groups_settled;        // the groups' tables are older than the kernel in front of this one
+} light_fp8_gemm_args;
+
 // Pairs sorted by expert, then token, then k, and CTA tiles of `tokens_per_tile` pairs of one
 // expert. An expert's number is its group's. `workspace` (16-byte aligned) is all zeros before its
 // first use and belongs to one launch at a time; every launch leaves it ready for the next,
@@ -201,6 +222,149 @@ typedef struct light_permute_args {
   const int *row_count;  // of light_permute: rows there are, if fewer than num_rows; null: all
 } light_permute_args;
 
+// The group of ranks that exchange rows by memory which all of them address. An arena is laid out
+// alike on every rank; offsets are in bytes from its begin.
+#define LIGHT_MAX_RANKS 64
+#define LIGHT_CHOICE_POSITION_BITS 20  // a shared choice is expert << bits | place among the pairs
+
+// One flag a rank in every arena, uint32 [W] at `offset`: rank r's has the number of its last round.
+// A rank announces a round and waits for everyone's. Past the timeout the late rank's number + 1
+// goes to `failure`, and this and every later wait end at once.
+typedef struct light_exchange_flags {
+  void *arenas[LIGHT_MAX_RANKS];  // each rank's, as this device addresses it
+  long long offset;
+  unsigned *counter;  // rounds so far; zero before the first
+  unsigned *failure;  // zero; memory that the host reads, too
+  long long timeout_nanoseconds;
+  int rank;
+  int num_ranks;
+} light_exchange_flags;
+
+// To every rank: this rank's choices int32 [T, K] at choice_offset, and for each of C chunks the
+// prefix sums of its pairs per expert, [E + 1] at prefix_offset and each further chunk's after those
+// of all ranks; its hidden states to where others read them. Then they meet. Chunk c has tokens
+// T * c / C up to T * (c + 1) / C.
+typedef struct light_exchange_share_args {
+  light_exchange_flags flags;
+  const int *experts;     // [T, K]
+  const int *pair_index;  // [T, K] of light_sort_pairs over the token's chunk; null: counted here
+  const int *prefixes;    // [C, E + 1] of light_sort_pairs: its offsets; null with pair_index
+  const int *num_real;    // the first tokens count, the others are left out; null: all of them
+  const void *hidden;     // [T, width]; null: published already
+  void *published;        // [T, width]
+  unsigned *ticket;       // zero before the first launch; left zero
+  long long choice_offset;
+  long long prefix_offset;
+  int num_tokens;             // T
+  int num_rows;               // tokens that there are, T or fewer; others are left out
+  int num_experts_per_token;  // K, at most 16
+  int num_experts;            // E, at most 512
+  int num_chunks;             // C
+  int width_bytes;            // a multiple of 16
+} light_exchange_share_args;
+
+// With so many pairs, T x K, and one chunk light_exchange_share may count them itself.
+#define LIGHT_COUNTED_PAIRS 1024
+
+
+// Where the pairs of a chunk are computed, as light_route_split writes it.
+typedef struct light_places {
+  const int *segments;    // [W, E, copies, 2]
+  const int *copy_ranks;  // [E, copies]
+  int num_experts;
+  int num_copies;
+} light_places;
+
+// rows[p] = hidden state of pair p's token, for every pair of the chunk that this rank computes.
+typedef struct light_exchange_pull_args {
+  const void *hidden[LIGHT_MAX_RANKS];  // [tokens, width] of each rank
+  int begin[LIGHT_MAX_RANKS];           // first token of the chunk on each rank
+  int count[LIGHT_MAX_RANKS];           // tokens of the chunk on each rank
+  light_places places;
+  const int *choices;  // [W, choice_stride] in this rank's arena
+  void *rows;          // [P, width]
+  long long choice_stride;
+  int rank;
+  int num_ranks;
+  int num_experts_per_token;
+  int width_bytes;  // a multiple of 16
+  int on_cards;     // the hidden states are in memory of cards, not of the host
+} light_exchange_pull_args;
+
+// output[t] = sum over ascending k of weights[t, k] * the result of pair (t, k), read on the rank
+// that computed it, in float32, rounded once.
+typedef struct light_exchange_combine_args {
+  const void *pairs[LIGHT_MAX_RANKS];  // [P, width] of the chunk on each rank
+  light_places places;
+  const int *choices;    // [tokens, K] of this rank
+  const float *weights;  // [tokens, K]
+  void *output;          // [num_tokens, width]
+  int first_token;       // of the chunk
+  int num_tokens;        // of the chunk
+  int rank;
+  int num_experts_per_token;
+  int width_bytes;  // a multiple of 16
+  int on_cards;     // the pairs are in memory of cards, not of the host
+} light_exchange_combine_args;
+
+// Which copy of its expert every pair goes to, from the counts of all ranks: the integers of
+// lightmoe/kernels/route_reference.py. A pair of source rank s and expert e at position q among that
+// source's pairs of that expert goes to the first copy c with q < end[s, e, c]; there it lies at
+// base[s, e, c] + q - end[s, e, c - 1] among the pairs by expert, source rank and position. All
+// ranks have fewer than 2^26 pairs together.
+typedef struct light_route_split_args {
+  const int *source_offsets;  // [W, source_stride] first pair of each expert on rank s, then all
+  const int *copy_ranks;      // [E, C] ranks that hold a copy of each expert, home first, then -1
+  int *segments;              // [W, E, C, 2] end, base; of no copy: all pairs, 0
+  int *group_offsets;         // [E + 1] this rank's pairs: light_pair_groups, group e is expert e
+  int *tile_offsets;          // [E + 1]
+  int *tile_groups;           // [most_tiles]
+  int *rank_pairs;            // [W] pairs of each rank
+  int *active_experts;        // [W] experts with pairs on each rank; null: not wanted
+  int source_stride;          // E + 1 or more
+  int num_ranks;              // W, at most 64
+  int num_experts;            // E, at most 512
+  int num_copies;             // C, at most W
+  int rank;
+  int route;   // 0: to the homes; 1: evenly; 2: poured level; 3: fewest active experts per rank
+  int sweeps;  // of 2 and 3, at most
+  int tokens_per_tile;
+  int most_tiles;
+} light_route_split_args;
+
+// Attention of the queries of sequences that each have a KV cache in blocks: position p of sequence b
+// is row p % block_size of block block_tables[b, p / block_size]. Rows query_starts[b] ..
+// query_starts[b + 1] of the step are the sequence's last positions before lengths[b], and each sees
+// what is not after it. Query heads h / (H / KV heads) share a KV head. What a position gets depends,
+// bit by bit, on nothing but the positions that it sees; one that sees nothing gets zeros. Tables,
+// starts and lengths may change between replays of a graph, as far as max_queries allows.
+typedef struct light_paged_attention_args {
+  const void *query;   // [T, H, width]
+  const void *keys;    // [blocks, block_size, KV heads, width]
+  const void *values;  // the same; may be the keys, and must be where width is above 256
+  const int *block_tables;  // [B, table_stride]; what is beyond a length is not read
+  const int *query_starts;  // [B + 1]
+  const int *lengths;       // [B] positions, those of this step included
+  void *output;             // [T, H, width]
+  float *partials;  // the workspace: light_paged_attention_workspace_bytes, from a multiple of 16
+  long long workspace_bytes;
+  long long query_stride;  // elements from one token to the next, a multiple of 8
+  float scale;             // of scores, positive
+  int num_tokens;
+  int num_sequences;
+  int num_heads;     // H, at most 16 over a KV head
+  int num_kv_heads;
+  int width;         // a multiple of 8
+  int block_size;    // a power of 2 from 8 to 256
+  int table_stride;  // blocks of the longest sequence that fits
+  int max_queries;   // of a sequence, at most
+  // The launcher's own
+  float *partial_sums;
+  int max_sections;
+  int position_bytes;
+  int splits_single_queries;
+} light_paged_attention_args;
+
 // The library's own calls. `directory` holds a folder of compiled programs per architecture, as
 // cute_kernels/build.py makes it. `architecture` names the folder to use ("75", "90", "75ptx");
 // null: for each device its own, or the nearest older one of the same major number. Opening again
@@ -261,6 +425,29 @@ LIGHT_API light_status light_permute_fp8(const light_permute_args *args, light_d
                                          int group_size, int max_ctas, light_stream stream);
 LIGHT_API light_status light_dequantize_rows(const light_permute_args *args, light_dtype dtype,
                                              int max_ctas, light_stream stream);
+
+// The exchange over arenas. None of them waits for the host; a launch bounded by max_ctas leaves the
+// other multiprocessors to the products that it hides behind.
+LIGHT_API light_status light_exchange_share(const light_exchange_share_args *args, int max_ctas,
+                                            light_stream stream);
+LIGHT_API light_status light_exchange_meet(const light_exchange_flags *args, light_stream stream);
+LIGHT_API light_status light_exchange_pull(const light_exchange_pull_args *args, int max_ctas,
+                                           light_stream stream);
+LIGHT_API light_status light_exchange_combine(const light_exchange_combine_args *args,
+                                              light_dtype dtype, int max_ctas,
+                                              light_stream stream);
+
+LIGHT_API light_status light_route_split(const light_route_split_args *args, light_stream stream);
+
+// Bytes of workspace; `most_positions` is table_stride * block_size. Needs no zeros.
+LIGHT_API long long light_paged_attention_workspace_bytes(int num_sequences, int num_heads,
+                                                          int width, int most_positions);
+LIGHT_API light_status light_paged_attention(const light_paged_attention_args *args,
+                                             light_dtype dtype, light_stream stream);
+
+// On sm_90 alone.
+LIGHT_API light_status light_fp8_gemm(const light_fp8_gemm_args *args, const light_tile *tile,
+                                      light_dtype dtype, int max_ctas, light_stream stream);
 
 #ifdef __cplusplus
 }

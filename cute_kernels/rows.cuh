@@ -1,9 +1,10 @@
-// What the gate, combine and permute share: numbers of any dtype, 16-byte vectors of 16-bit ones,
-// and the wait for the kernel before.
+// What the gate, combine and permute share: numbers of any dtype, and 16-byte vectors of 16-bit ones.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include "previous_kernel.cuh"
 
 namespace light {
 
@@ -33,14 +34,6 @@ __device__ inline Eight<Scalar> load_eight(const void *base, long long vector_in
   Eight<Scalar> eight;
   eight.vector = static_cast<const uint4 *>(base)[vector_index];
   return eight;
-}
-
-// Wait for the kernel before this one, then let the next one begin: it waits in the same way.
-__device__ inline void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
 }
 
 }  // namespace light

@@ -61,10 +61,18 @@ def test_defaults_of_the_contract() -> None:
         ({"dtype": "half"}, "give one of: auto, float32, bfloat16, float16"),
         ({"transport": "local"}, "transport local joins one rank only and gpus is 10"),
         ({"max_num_seqs": 600}, "max_num_batched_tokens (512) is below max_num_seqs (600)"),
+        ({"free_slots": 0}, "free_slots (0) leaves no slot for an expert on its way"),
+        ({"free_slots": -1}, "free_slots is -1; give an integer from 0 to 1024"),
+        ({"rebalance_interval": -1}, "rebalance_interval is -1; give an integer from 0"),
+        ({"migration_bytes_per_step": 10}, "migration_bytes_per_step is 10; give an integer"),
+        ({"host_copy": "yes"}, "host_copy is 'yes'; give one of: on, off"),
         ({"memory_limit": "11 gigs"}, "memory_limit is '11 gigs'; give a size such as"),
         ({"model": ""}, "model is ''; give a text that is not empty"),
         ({"api_key": ""}, "api_key is ''"),
         ({"seed": 1.5}, "seed is 1.5; give an integer from 0"),
+        ({"routing_skew": "zipf"}, """routing_skew is 'zipf'; give "uniform", or "zipf:1.0" with"""),
+        ({"routing_skew": "zipf:11"}, "a number up to 10"),
+        ({"routing_skew": "zipf:-1"}, "routing_skew is 'zipf:-1'"),
     ],
 )
 def test_refused_in_one_line_with_the_remedy(values: dict[str, object], message: str) -> None:
@@ -72,6 +80,14 @@ def test_refused_in_one_line_with_the_remedy(values: dict[str, object], message:
         config(**values)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_rank_alone_has_nothing_to_balance() -> None:
+    alone, quiet = config(gpus=1, free_slots=0), config(free_slots=0, rebalance_interval=0)
+    assert (alone.rebalances, alone.num_free_slots) == (False, 0)
+    assert (quiet.rebalances, quiet.num_free_slots) == (False, 0)
+    assert (config().rebalances, config().num_free_slots) == (True, 1)
+    assert config(gpus=1).num_free_slots == 0
 
 
 def test_config_cannot_be_changed() -> None:
@@ -129,7 +145,7 @@ def test_what_nobody_gave_is_named(missing: str) -> None:
     [
         ("gpu = 10", r"unknown key 'gpu' in recipe .*mine\.toml; did you mean gpus\?"),
         ("max-model-len = 5", r"unknown key 'max-model-len' .* did you mean max_model_len\?"),
-        ("[balancer]\nwindow = 3", r"unknown key 'balancer' in recipe .*; known keys: model, gpus"),
+        ("[zoo]\nwindow = 3", r"unknown key 'zoo' in recipe .*; known keys: model, gpus"),
         ("gpus = = 1", r"recipe .*mine\.toml is not valid TOML: .* line 1"),
         ('gpus = "ten"', "gpus is 'ten'; give an integer"),
     ],

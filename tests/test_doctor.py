@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lightmoe.doctor import Finding, diagnose, exit_code, judge, look_at_kernels, render
+from lightmoe.doctor import (
+    Finding,
+    diagnose,
+    exit_code,
+    judge,
+    look_at_kernels,
+    look_at_route,
+    render,
+)
+from lightmoe.kernels import host_route
 from lightmoe.kernels.library import ABI
 from lightmoe.machine import Driver, Gpu, Machine, Torch
 
@@ -193,6 +202,59 @@ def test_render_ends_in_the_verdict(machine: Machine, verdict: str) -> None:
     assert machine.port_error is None or "[x] holds it" in output.getvalue()
 
 
+def test_the_route_of_cpu_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_route, "library_path", lambda: None)
+    found = look_at_route(LAPTOP)
+    assert found.status == "warn"
+    assert "install a C++17 compiler" in found.remedy
+    monkeypatch.setattr(host_route, "library_path", lambda: Path("/here/_light_route.so"))
+    found = look_at_route(LAPTOP)
+    assert (found.status, found.what) == ("ok", "compiled for CPU ranks: /here/_light_route.so")
+    assert look_at_route(replace(LAPTOP, torch=Torch())).status == "ok"
+
+
 def test_diagnose_this_machine() -> None:
     subjects = [finding.subject for finding in diagnose(port=0, num_ranks=1)]
     assert {"Python", "RAM", "torch", "ray", "port 0", "loopback", "kernels"} <= set(subjects)
+
+
+NVLINK = replace(BOX, driver=replace(BOX.driver, p2p_pairs=((0, 1),)))
+NARROW = replace(TURING, lanes=8, max_lanes=16)
+
+
+@pytest.mark.parametrize(
+    ("machine", "subject", "status", "words"),
+    [
+        (BOX, "PCIe links", "ok", "does not tell"),
+        (BOX, "peer-to-peer", "ok", "through host memory"),
+        (NVLINK, "peer-to-peer", "ok", "1 of 1 pairs"),
+        (BOX, "ACS", "ok", "not shown"),
+        (replace(NVLINK, acs_bridges=()), "ACS", "ok", "no bridge redirects"),
+        (replace(NVLINK, acs_bridges=("00:01.0",)), "ACS", "warn", "bridge 00:01.0 sends"),
+        (replace(NVLINK, acs_bridges=("00:01.0", "1")), "ACS", "warn", "2 bridges send"),
+        (replace(BOX, acs_bridges=("00:01.0",)), "ACS", "ok", "there are none"),
+        (BOX, "profiling", "ok", "may be read"),
+        (replace(BOX, profiling_error="root only"), "profiling", "warn", "root only"),
+        (
+            replace(BOX, driver=replace(BOX.driver, gpus=(TURING, NARROW))),
+            "PCIe links",
+            "warn",
+            "GPU 1 uses x8 of x16",
+        ),
+    ],
+)
+def test_what_lies_between_the_cards(
+    machine: Machine, subject: str, status: str, words: str
+) -> None:
+    found = finding(subject, machine)
+    assert (found.status, words in found.what) == (status, True)
+    assert found.remedy or status == "ok"
+
+
+def test_nothing_lies_between_no_cards_or_one() -> None:
+    subjects = {finding.subject for finding in judge(LAPTOP, 10)}
+    assert not subjects & {"PCIe links", "peer-to-peer", "ACS", "profiling"}
+    one = replace(BOX, driver=replace(BOX.driver, gpus=(TURING,)))
+    subjects = {finding.subject for finding in judge(one, 10)}
+    assert "PCIe links" in subjects
+    assert not subjects & {"peer-to-peer", "ACS"}

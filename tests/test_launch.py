@@ -17,6 +17,7 @@ from lightmoe.errors import CheckpointError, LightMoEError, MachineError, UsageE
 from lightmoe.kernels import choice, library
 from lightmoe.launch import Resolved, listen, resolve, start_engine
 from lightmoe.machine import Driver, Gpu
+from lightmoe.worker import devices
 from tests.models.folders import write_config, write_model
 
 GIB = 1 << 30
@@ -48,6 +49,7 @@ def config(**values: object) -> LaunchConfig:
 def torch_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if this torch could use the cards of the driver."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(devices, "read_cupy", lambda: ("cupy-cuda13x 14.2.0",))
 
 
 @pytest.mark.usefixtures("torch_with_cuda")
@@ -55,18 +57,46 @@ def torch_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     ("driver", "values", "device", "dtype", "transport", "reason"),
     [
         (NO_GPU, {}, "cpu", "float32", "local", "no GPU found"),
-        (NO_GPU, {"gpus": 10}, "cpu", "float32", "gloo", "several ranks exchange over gloo"),
+        (NO_GPU, {"gpus": 10}, "cpu", "float32", "gloo", "no GPU found"),
         (NO_GPU, {"device": "cpu"}, "cpu", "float32", "local", "the CPU was asked for"),
         (NO_GPU, {"dtype": "bfloat16"}, "cpu", "bfloat16", "local", "no GPU found"),
         (BROKEN, {}, "cpu", "float32", "local", "version mismatch"),
         (TURING, {}, "cuda", "float16", "local", "one rank on RTX 2080 Ti"),
         (TURING, {"dtype": "float32"}, "cuda", "float32", "local", "RTX 2080 Ti"),
         (TURING, {"device": "cpu"}, "cpu", "float32", "local", "asked for"),
-        (TURING, {"gpus": 10}, "cpu", "float32", "gloo", "10 GPU(s) found, but several ranks"),
+        (
+            TURING,
+            {"gpus": 10},
+            "cuda",
+            "float16",
+            "copy_engine",
+            "10 ranks on 10 GPUs, the first RTX",
+        ),
+        (
+            TURING,
+            {"gpus": 3, "device": "cuda"},
+            "cuda",
+            "float16",
+            "copy_engine",
+            "3 ranks on 3 GPUs",
+        ),
+        (TURING, {"gpus": 3, "address": "auto"}, "cuda", "float16", "nccl", "3 ranks on 3 GPUs"),
+        (TURING, {"gpus": 11}, "cpu", "float32", "gloo", "10 GPU(s) found for 11 ranks"),
+        (TURING, {"gpus": 4, "transport": "nccl"}, "cuda", "float16", "nccl", "4 ranks"),
+        (H100, {"gpus": 10}, "cpu", "float32", "gloo", "1 GPU(s) found for 10 ranks"),
+        (
+            H100,
+            {"gpus": 10, "oversubscribe": True},
+            "cuda",
+            "bfloat16",
+            "copy_engine",
+            "10 ranks on H100",
+        ),
+        (H100, {"gpus": 1, "oversubscribe": True}, "cuda", "bfloat16", "local", "one rank on H100"),
         (H100, {}, "cuda", "bfloat16", "local", "one rank on H100"),
         (H100, {"device": "cuda", "dtype": "float16"}, "cuda", "float16", "local", "H100"),
         (H100, {"transport": "local"}, "cuda", "bfloat16", "local", "H100"),
-        (NO_GPU, {"gpus": 2, "transport": "gloo"}, "cpu", "float32", "gloo", "over gloo"),
+        (NO_GPU, {"gpus": 2, "transport": "gloo"}, "cpu", "float32", "gloo", "no GPU found"),
     ],
 )
 def test_auto_becomes_what_the_machine_has(
@@ -87,10 +117,18 @@ def test_auto_becomes_what_the_machine_has(
 @pytest.mark.parametrize(
     ("driver", "values", "error", "message"),
     [
-        (NO_GPU, {"device": "cuda"}, MachineError, "--device cuda: no GPU found; .*--device cpu"),
+        (NO_GPU, {"device": "cuda"}, MachineError, "no GPU found; .*--device cpu"),
         (BROKEN, {"device": "cuda"}, MachineError, "does not answer .*version mismatch"),
-        (H100, {"device": "cuda", "gpus": 10}, UsageError, "10 ranks .*--gpus 1, or --device cpu"),
-        (NO_GPU, {"device": "cuda", "gpus": 10}, UsageError, "10 ranks .*--device cpu"),
+        (
+            H100,
+            {"device": "cuda", "gpus": 10},
+            UsageError,
+            r"1 GPU\(s\) found for 10 ranks; use --gpus 1, or --oversubscribe",
+        ),
+        (NO_GPU, {"device": "cuda", "gpus": 10}, MachineError, "no GPU found; .*--device cpu"),
+        (NO_GPU, {"oversubscribe": True, "gpus": 10}, MachineError, "no GPU found"),
+        (TURING, {"gpus": 2, "transport": "gloo"}, UsageError, "gloo does not fit 2 ranks on GPUs"),
+        (NO_GPU, {"gpus": 2, "transport": "nccl"}, UsageError, r"nccl .* CPU \(no GPU found\)"),
         (TURING, {"dtype": "bfloat16"}, UsageError, "2080 Ti has no bfloat16; use --dtype float16"),
         (NO_GPU, {"transport": "gloo"}, UsageError, "transport gloo does not fit one rank"),
     ],
@@ -102,11 +140,23 @@ def test_a_wish_that_cannot_be_met_is_refused(
         resolve(config(**values), driver)
 
 
+@pytest.mark.usefixtures("torch_with_cuda")
+def test_without_cupy_several_gpus_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "read_cupy", tuple)
+
+    resolved = resolve(config(gpus=2), TURING)
+    assert (resolved.device, resolved.transport) == ("cpu", "gloo")
+    assert resolved.reason == "10 GPU(s) found, but no cupy for the exchange between them"
+    with pytest.raises(MachineError, match=r"install lightmoe\[cuda12\]"):
+        resolve(config(gpus=2, device="cuda"), TURING)
+    assert resolve(config(gpus=1), TURING).device == "cuda"
+
+
 def test_a_torch_that_cannot_use_the_card_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     assert "cannot use the GPU under driver 580" in resolve(config(), H100).reason
-    with pytest.raises(MachineError, match=r"--device cuda: torch .* under driver 580"):
+    with pytest.raises(MachineError, match=r"torch .* under driver 580"):
         resolve(config(device="cuda"), H100)
 
 
@@ -242,7 +292,7 @@ def refused(values: dict[str, object]) -> str:
         ({"max_model_len": 4096}, "UsageError: --max-model-len 4096 is over the 2048 positions"),
         ({"memory_limit": "1MiB"}, "a rank may use 1.0 MiB"),
         ({"memory_limit": "64MiB", "max_model_len": 2048}, None),
-        ({"gpus": 10, "device": "cuda"}, "UsageError: --device cuda with 10 ranks"),
+        ({"gpus": 10, "device": "cuda"}, "MachineError: no GPU found; see `lightmoe doctor`"),
     ],
 )
 def test_what_cannot_work_is_said_before_ranks_start(

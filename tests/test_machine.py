@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from pathlib import Path
 
 import pynvml
@@ -19,6 +20,8 @@ from lightmoe.machine import (
     loopback_error,
     port_error,
     port_holder,
+    profiling_error,
+    read_acs_bridges,
     read_cupy,
     read_driver,
     read_ray_cluster,
@@ -61,6 +64,21 @@ class FakeNvml:
     def nvmlDeviceGetMemoryInfo(self, handle: int) -> object:
         return type("Memory", (), {"total": (11 + handle) * GIB, "free": handle * GIB})
 
+    NVML_P2P_CAPS_INDEX_READ = pynvml.NVML_P2P_CAPS_INDEX_READ
+    NVML_P2P_STATUS_OK = pynvml.NVML_P2P_STATUS_OK
+    NVML_P2P_STATUS_UNKNOWN = pynvml.NVML_P2P_STATUS_UNKNOWN
+
+    def nvmlDeviceGetCurrPcieLinkWidth(self, handle: int) -> int:
+        return 8
+
+    def nvmlDeviceGetMaxPcieLinkWidth(self, handle: int) -> int:
+        if handle == 1:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return 16
+
+    def nvmlDeviceGetP2PStatus(self, first: int, second: int, index: int) -> int:
+        return pynvml.NVML_P2P_STATUS_OK
+
     def nvmlSystemGetDriverVersion(self) -> str:
         return "535.183.01"
 
@@ -69,11 +87,24 @@ def test_driver_and_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = FakeNvml()
     monkeypatch.setattr(machine, "pynvml", nvml)
     cards = (
-        Gpu(name="card 0", compute_capability=(7, 5), memory_bytes=11 * GIB, free_bytes=0),
-        Gpu(name="card 1", compute_capability=(7, 6), memory_bytes=12 * GIB, free_bytes=GIB),
+        Gpu(
+            name="card 0",
+            compute_capability=(7, 5),
+            memory_bytes=11 * GIB,
+            free_bytes=0,
+            lanes=8,
+            max_lanes=16,
+        ),
+        Gpu(
+            name="card 1",
+            compute_capability=(7, 6),
+            memory_bytes=12 * GIB,
+            free_bytes=GIB,
+            lanes=8,
+        ),
     )
     driver = read_driver()
-    assert driver == Driver(version="535.183.01", gpus=cards)
+    assert driver == Driver(version="535.183.01", gpus=cards, p2p_pairs=((0, 1),))
     assert driver.major == 535
     assert not nvml.is_open
 
@@ -162,3 +193,49 @@ def test_a_container_limit_counts(tmp_path: Path) -> None:
 def test_installed_version() -> None:
     assert installed_version("nonesuch-package") is None
     assert installed_version("pytest") == pytest.__version__
+
+
+def pci_bridge(sysfs: Path, name: str, acs_control: int | None, size: int = 4096) -> None:
+    """A bridge as sysfs shows it: one other capability at 0x100, then that of ACS."""
+    config = bytearray(size)
+    if size > 256:
+        struct.pack_into("<I", config, 0x100, 0x0001 | 1 << 16 | 0x148 << 20)
+        if acs_control is not None:
+            struct.pack_into("<IHH", config, 0x148, 0x000D | 1 << 16, 0x5F, acs_control)
+    folder = sysfs / "bus/pci/devices" / name
+    folder.mkdir(parents=True)
+    (folder / "class").write_text("0x060400\n")
+    (folder / "config").write_bytes(config)
+
+
+def test_bridges_that_redirect(tmp_path: Path) -> None:
+    pci_bridge(tmp_path, "0000:00:01.0", 0x1D)
+    pci_bridge(tmp_path, "0000:00:02.0", 0x11)
+    pci_bridge(tmp_path, "0000:00:03.0", None)
+    assert read_acs_bridges(tmp_path) == ("0000:00:01.0",)
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_bridges_that_are_not_shown(tmp_path: Path, size: int) -> None:
+    pci_bridge(tmp_path, "0000:00:01.0", 0x1D, size)
+    assert read_acs_bridges(tmp_path) is None
+    assert read_acs_bridges(tmp_path / "none") is None
+
+
+def test_capabilities_that_name_themselves_end(tmp_path: Path) -> None:
+    pci_bridge(tmp_path, "0000:00:01.0", None)
+    path = tmp_path / "bus/pci/devices/0000:00:01.0/config"
+    config = bytearray(path.read_bytes())
+    struct.pack_into("<I", config, 0x148, 0x0002 | 0x100 << 20)
+    path.write_bytes(config)
+    assert read_acs_bridges(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "user", "forbidden"), [("1", 1000, True), ("0", 1000, False), ("1", 0, False)]
+)
+def test_who_may_profile(tmp_path: Path, value: str, user: int, forbidden: bool) -> None:
+    assert profiling_error(tmp_path, user) is None
+    (tmp_path / "driver/nvidia").mkdir(parents=True)
+    (tmp_path / "driver/nvidia/params").write_text(f"RmProfilingAdminOnly: {value}\nX: 1\n")
+    assert (profiling_error(tmp_path, user) is not None) == forbidden

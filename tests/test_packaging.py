@@ -93,11 +93,29 @@ def test_a_wheel_has_kernels_where_there_is_a_card_or_one_asks(
     settings = {} if given is None else {wheel_settings.ARCHITECTURES: given}
     complete = wheel_settings.complete(settings)
     assert complete[wheel_settings.ARCHITECTURES] == expected
-    assert complete.get("wheel.platlib") == ("true" if expected else None)
+    assert complete.get("wheel.platlib") == ("true" if compiler == "sh" else None)
     assert complete.get("wheel.py-api") == ("" if expected else None)
 
 
-def test_a_wheel_without_kernels_is_pure(checkout: Path) -> None:
+@pytest.mark.parametrize(
+    ("compiler", "given", "expected"),
+    [("sh", None, "ON"), ("no-such-compiler", None, "OFF"), ("sh", "OFF", "OFF")],
+)
+def test_the_route_of_cpu_ranks_is_compiled_where_it_can_be(
+    wheel_settings: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    compiler: str,
+    given: str | None,
+    expected: str,
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    settings = {} if given is None else {wheel_settings.HOST_ROUTE: given}
+    complete = wheel_settings.with_host_route(settings)
+    assert complete[wheel_settings.HOST_ROUTE] == expected
+    assert complete.get("wheel.platlib") == ("true" if expected == "ON" else None)
+
+
+def test_a_wheel_without_a_compiler_is_pure(checkout: Path) -> None:
     settings = tomllib.loads((checkout / "pyproject.toml").read_text())["tool"]["scikit-build"]
     assert settings["wheel"] == {"py-api": "py3", "platlib": False, "packages": ["lightmoe"]}
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 STREAM_BYTES = 2 << 30
 MATMUL_SIZE = 8192
+FIRST_WITH_FP8 = 89
 SETTLE_SECONDS = 0.15  # long enough for the clocks under load
 # instruction -> FLOPs of one, smallest compute capability
 INSTRUCTIONS = {
@@ -54,7 +55,7 @@ class Ceilings:
         return max(self.read, self.copy)
 
     def rate(self, instruction: str) -> float:
-        """FLOP per second of an instruction of `instruction`, or of wgmma_fp16 and wgmma_bf16.
+        """FLOP per second of an instruction of `instruction`, or of wgmma_fp16, _bf16 and _fp8.
 
         These are what the library's product issues on Hopper: its rate, power limit included.
         """
@@ -86,7 +87,8 @@ def measure() -> Ceilings:
         l2_bytes=card.L2_cache_size,
         read=read_rate(card.multi_processor_count),
         copy=copy_rate(),
-        matmul={name: matmul_rate(dtype) for name, dtype in dtypes.items()},
+        matmul={name: matmul_rate(dtype) for name, dtype in dtypes.items()}
+        | ({"fp8": fp8_matmul_rate()} if capability >= FIRST_WITH_FP8 else {}),
         instruction={
             name: instruction_rate(name, card.multi_processor_count)
             for name, (_, least) in INSTRUCTIONS.items()
@@ -128,6 +130,20 @@ def matmul_rate(dtype: torch.dtype) -> float:
 
     best = min(_seconds(call(matrix), 0.02) for matrix in (right, right.t()))
     return 2 * MATMUL_SIZE**3 / best
+
+
+def fp8_matmul_rate() -> float:
+    """matmul_rate in e4m3, scaled as a whole, to bf16."""
+    left, right = (
+        torch.randn(MATMUL_SIZE, MATMUL_SIZE, device="cuda").to(torch.float8_e4m3fn)
+        for _ in range(2)
+    )
+    one = torch.ones((), device="cuda")
+
+    def call() -> Tensor:
+        return torch._scaled_mm(left, right.t(), one, one, out_dtype=torch.bfloat16)
+
+    return 2 * MATMUL_SIZE**3 / _seconds(call, 0.02)
 
 
 def instruction_rate(name: str, num_sms: int) -> float:

@@ -12,14 +12,18 @@ from problem import Problem
 from torch import Tensor
 
 ERROR_LIMITS = {"bf16": 4e-3, "fp16": 1e-3}
+# A sum that rounds otherwise may choose another code between the products: 6 % of that element.
+FP8_LIMIT = 1e-2
 PEER_LIMIT = 2e-2  # other implementations round where they like
 FAST_FLOAT64 = (80, 90)  # compute capabilities whose float64 is as fast as their float32
 FLOAT64_FLOPS = 1e11  # on the others float64 stays affordable below this
 
 
-def error_limit(impl: str, activation: str) -> float:
-    """The largest relative error of a layer's output that is rounding."""
-    return ERROR_LIMITS[activation] if impl == "lightmoe" else PEER_LIMIT
+def error_limit(impl: str, activation: str, dtype: str = "") -> float:
+    """The largest relative error of a layer's output that is rounding; `dtype` of the weights."""
+    if impl != "lightmoe":
+        return PEER_LIMIT
+    return FP8_LIMIT if dtype == "fp8" else ERROR_LIMITS[activation]
 
 
 def reference_dtype(problem: Problem, capability: int) -> torch.dtype:

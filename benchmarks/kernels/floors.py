@@ -43,6 +43,7 @@ WEIGHT_BYTES = {
     "fp16": 2.0,
     "int4": 0.5 + 2 / GROUP_SIZE,
     "int8": 1.0 + 2 / GROUP_SIZE,
+    "fp8": 1.0 + 4 / GROUP_SIZE**2,  # 128 x 128 weights share an fp32 scale
 }
 
 

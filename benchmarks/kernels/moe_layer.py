@@ -77,8 +77,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
-    parser.add_argument("--dtypes", nargs="+", default=None, help="bf16 fp16 int4 int8")
-    parser.add_argument("--activation", choices=TORCH_DTYPES, help="of int4 and int8 rows")
+    parser.add_argument("--dtypes", nargs="+", default=None, help="bf16 fp16 int4 int8 fp8")
+    parser.add_argument("--activation", choices=TORCH_DTYPES, help="of int4, int8 and fp8 rows")
     parser.add_argument("--routing", nargs="+", default=["uniform"], help="uniform zipf:1.0")
     parser.add_argument("--modes", nargs="+", default=["free", "deterministic"])
     parser.add_argument("--impls", nargs="+", default=["lightmoe", "torch_grouped_mm"])
@@ -194,7 +194,7 @@ def held_bytes(weights: ExpertWeights) -> int:
     total = weights.gate_up.nbytes + weights.down.nbytes
     if weights.gate_up_codes is not None and weights.down_codes is not None:
         total += weights.gate_up_codes.values.nbytes + weights.down_codes.values.nbytes
-    return total
+    return total + (0 if weights.fp8 is None else weights.fp8.blobs.nbytes)
 
 
 def num_active(problem: Problem) -> int:
@@ -247,8 +247,9 @@ def make_row(
 ) -> dict[str, Any]:
     """A row of the result file: the label, the times, and their shares of what is possible."""
     work = layer_work(SHAPES[label["shape"]], label["tokens"], active, label["dtype"])
-    least = floor(work, measured.matmul[activation], measured.bandwidth)
-    instruction = instruction_of(activation, path)
+    arithmetic = "fp8" if label["dtype"] == "fp8" else activation
+    least = floor(work, measured.matmul[arithmetic], measured.bandwidth)
+    instruction = instruction_of(arithmetic, path)
     return {
         **label,
         "path": path,
@@ -262,7 +263,7 @@ def make_row(
         "gb_per_second": work.num_bytes / timing.ms / 1e6,
         "active_experts": active,
         "error": error,
-        "correct": error <= error_limit(label["impl"], activation),
+        "correct": error <= error_limit(label["impl"], activation, label["dtype"]),
         "time": time.strftime("%H:%M:%S"),
     }
 

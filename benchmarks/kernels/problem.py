@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from floors import GROUP_SIZE, WEIGHT_BYTES, Shape
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightmoe.quant.fp8 import Fp8ExpertLayout
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NUM_BITS = {"int4": 4, "int8": 8}
@@ -35,16 +38,38 @@ class Codes:
 
 
 @dataclass(frozen=True)
+class Fp8Experts:
+    """Experts in e4m3, scaled by blocks: uint8 blobs [E, bytes] of a layout."""
+
+    layout: Fp8ExpertLayout
+    blobs: Tensor
+
+
+@dataclass(frozen=True)
 class ExpertWeights:
     """gate_up [E, 2F, D] (gate rows, then up rows) and down [E, D, F]; with codes where quantised:
-    then the matrices hold what the codes stand for. `prepared` is for implementations, under their
-    own names: what they make of the weights and need for every problem."""
+    then the matrices hold what the codes stand for. In e4m3 they are empty. `prepared` is for
+    implementations, under their own names: what they make of the weights and need for every
+    problem."""
 
     gate_up: Tensor
     down: Tensor
     gate_up_codes: Codes | None = None
     down_codes: Codes | None = None
+    fp8: Fp8Experts | None = None
     prepared: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weights are not 16-bit numbers."""
+        return self.gate_up_codes is not None or self.fp8 is not None
+
+    def dense(self, expert: int) -> tuple[Tensor, Tensor]:
+        """The numbers of one expert: gate_up [2F, D] and down [D, F]."""
+        if self.fp8 is None:
+            return self.gate_up[expert], self.down[expert]
+        gate_up, down = self.fp8.layout.views(self.fp8.blobs)
+        return gate_up.dense(expert), down.dense(expert)
 
     def rolled(self, shift: int) -> ExpertWeights:
         """Another set in memory of its own: the same experts, each `shift` places further."""
@@ -60,6 +85,7 @@ class ExpertWeights:
             self.down.roll(shift, 0),
             roll(self.gate_up_codes),
             roll(self.down_codes),
+            self.fp8 and Fp8Experts(self.fp8.layout, self.fp8.blobs.roll(shift, 0)),
         )
 
 
@@ -92,6 +118,8 @@ def make_weights(
         (shape.num_experts, shape.hidden_size, shape.expert_size),
     )
     generator = torch.Generator(device).manual_seed(seed)
+    if dtype == "fp8":
+        return make_fp8_weights(shape, activation, generator)
     gate_up, down = (
         torch.empty(size, dtype=activation, device=device).normal_(
             0, 1 / math.sqrt(size[2]), generator=generator
@@ -103,6 +131,27 @@ def make_weights(
     bits = NUM_BITS[dtype]
     codes = (quantize(gate_up, bits, GROUP_SIZE), quantize(down, bits, GROUP_SIZE))
     return ExpertWeights(gate_up, down, *codes)
+
+
+def make_fp8_weights(
+    shape: Shape, activation: torch.dtype, generator: torch.Generator
+) -> ExpertWeights:
+    """make_weights in e4m3, one expert at a time: only the blobs are kept."""
+    from lightmoe.quant.fp8 import Fp8ExpertLayout
+
+    device, width, expert_width = generator.device, shape.hidden_size, shape.expert_size
+    layout = Fp8ExpertLayout(width, expert_width, "block")
+    size = (shape.num_experts, layout.num_elements)
+    blobs = torch.zeros(size, dtype=torch.uint8, device=device)
+
+    def random(num_rows: int, depth: int) -> Tensor:
+        return torch.randn(num_rows, depth, generator=generator, device=device) / math.sqrt(depth)
+
+    for blob in blobs:
+        gate, up = random(2 * expert_width, width).chunk(2)
+        layout.write(blob, gate, up, random(width, expert_width))
+    none = torch.empty(0, dtype=activation, device=device)
+    return ExpertWeights(none, none, fp8=Fp8Experts(layout, blobs))
 
 
 def quantize(weight: Tensor, num_bits: int, group_size: int) -> Codes:
@@ -154,7 +203,8 @@ def num_sets_needed(
     matrices they stand for.
     """
     touched = num_active * shape.num_weights * WEIGHT_BYTES[dtype]
-    held = shape.num_experts * shape.num_weights * (3.6 if dtype in NUM_BITS else 2.0)
+    bytes_held = 3.6 if dtype in NUM_BITS else WEIGHT_BYTES[dtype]
+    held = shape.num_experts * shape.num_weights * bytes_held
     needed = math.ceil(3 * l2_bytes / touched)
     return max(1, min(needed, MAX_SETS, int(memory_bytes / held)))
 
@@ -175,14 +225,26 @@ def reference(problem: Problem, accumulate: torch.dtype = torch.float64) -> Tens
     experts, pair_weights = route(problem)
     out = torch.zeros(problem.hidden.shape, dtype=accumulate, device=problem.hidden.device)
     for expert in torch.unique(experts).tolist():
-        gate_up = problem.weights.gate_up[expert].to(accumulate)
-        down = problem.weights.down[expert].to(accumulate)
+        gate_up, down = (matrix.to(accumulate) for matrix in problem.weights.dense(expert))
         tokens, choice = (experts == expert).nonzero(as_tuple=True)
         for rows, places in zip(tokens.split(CHUNK_ROWS), choice.split(CHUNK_ROWS), strict=True):
-            gate, up = (problem.hidden[rows].to(accumulate) @ gate_up.t()).chunk(2, dim=-1)
-            pairs = (torch.nn.functional.silu(gate) * up) @ down.t()
+            hidden = _as_multiplied(problem, problem.hidden[rows], accumulate)
+            gate, up = (hidden @ gate_up.t()).chunk(2, dim=-1)
+            inner = torch.nn.functional.silu(gate) * up
+            pairs = _as_multiplied(problem, inner, accumulate) @ down.t()
             out.index_add_(0, rows, pairs * pair_weights[rows, places, None].to(accumulate))
     return out
+
+
+def _as_multiplied(problem: Problem, rows: Tensor, accumulate: torch.dtype) -> Tensor:
+    """Rows as a product takes them: in e4m3 rounded to 16 bits, then to codes, scaled by 128."""
+    if problem.weights.fp8 is None:
+        return rows.to(accumulate)
+    from lightmoe.kernels.reference import permute_fp8
+
+    codes, scales = permute_fp8(rows.to(problem.hidden.dtype))
+    each = scales.repeat_interleave(GROUP_SIZE, dim=1)[:, : rows.shape[1]]
+    return codes.to(accumulate) * each.to(accumulate)
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:

@@ -35,6 +35,10 @@ KERNELS = {
         "rows packed per destination, as int8 or e4m3 with scales where asked",
         "16 bytes a row",
     ),
+    "route": (
+        "the split of each expert's pairs over its copies, from the counts of all ranks",
+        "E <= 512, W <= 64",
+    ),
 }
 
 
@@ -57,14 +61,16 @@ def kernels_table() -> str:
 
 def kernel_shares(stem: str) -> str:
     """A kernel's shares of the floor on the newest card, least to most; free mode if it has one."""
-    measured = results.newest(stem)
+    measured = [
+        result
+        for result in results.newest(stem)
+        if any("share_of_floor" in row for row in result["rows"])
+    ]
     if not measured:
         return NOT_MEASURED
     result = measured[-1]
     shared = [row for row in result["rows"] if "share_of_floor" in row]
     rows = [row for row in shared if row.get("mode", "free") == "free"] or shared
-    if not rows:
-        return NOT_MEASURED
     parts = []
     for bound in ("memory", "compute"):
         shares = [row["share_of_floor"] for row in rows if row["bound"] == bound]

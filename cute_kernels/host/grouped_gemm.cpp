@@ -6,19 +6,8 @@ namespace {
 
 light_status launch_on_warpgroups(const MatrixLaunch &launch, const light_grouped_gemm_args &args) {
   const light_tile &tile = launch.tile;
-  const long long row_bytes = 2ll * args.depth;
   HopperLaunch<light_grouped_gemm_args> prepared{};
-  MappedArray weights{args.weights, mapped_type(launch), true};
-  weights.add_axis(args.depth, 2, kPanelDepth);
-  if (launch.swiglu) {  // 8 gate rows, the 8 up rows beside them, the next 8 gate rows ...
-    weights.add_axis(8, row_bytes, 8);
-    weights.add_axis(2, row_bytes * args.num_features, 2);
-    weights.add_axis(args.num_features / 8, 8 * row_bytes, tile.weight_rows / 16);
-  } else {
-    weights.add_axis(args.num_features, row_bytes, tile.weight_rows);
-  }
-  weights.add_slots(args.slot_bytes);
-  LIGHT_TRY(encode_map(launch, weights, &prepared.weights));
+  LIGHT_TRY(encode_weights(launch, args.slot_bytes, &prepared.weights));
   const HopperStage stage =
       hopper_stage(tile.weight_rows, tile.tokens, tile.depth, launch.num_bits, 0, false);
   return launch_hopper(launch, args, stage, &prepared);
@@ -32,7 +21,8 @@ light_status light_grouped_gemm(const light_grouped_gemm_args *args, const light
   if (args == nullptr || tile == nullptr) {
     return light::fail(LIGHT_BAD_ARGUMENT, "grouped_gemm: args or tile is null");
   }
-  const light::MatrixLaunch launch("grouped_gemm", *args, *tile, dtype, 16, max_ctas, stream);
+  const light::MatrixLaunch launch("grouped_gemm", *args, *tile, dtype, 16, 16, max_ctas, stream,
+                                   light::DepthSplits::of(*args));
   LIGHT_TRY(light::check_matrix(launch));
   if (launch.groups.num_pairs == 0) {
     return LIGHT_OK;

@@ -15,6 +15,8 @@ int type_code(MappedArray::Type type) {
       return 9;
     case MappedArray::Type::kWord:
       return 2;
+    case MappedArray::Type::kByte:
+      return 0;
   }
   return 0;
 }
@@ -25,6 +27,13 @@ constexpr long long kSmallestStride = 16;
 
 constexpr int kNoInterleave = 0, kNoSwizzle = 0, kSwizzle128Bytes = 3, kPromote256Bytes = 3,
               kFillZeros = 0;
+
+// Of the rows, and of the weights that the mma takes as they are.
+long long element_bytes(const MatrixLaunch &launch) { return launch.row_bits / 8; }
+
+MappedArray::Type element_type(const MatrixLaunch &launch) {
+  return launch.row_bits == 8 ? MappedArray::Type::kByte : mapped_type(launch);
+}
 
 }  // namespace
 
@@ -60,10 +69,26 @@ light_status encode_map(const MatrixLaunch &launch, const MappedArray &array, Te
                launch.stem);
 }
 
+light_status encode_weights(const MatrixLaunch &launch, long long slot_bytes, TensorMap *map) {
+  const light_tile &tile = launch.tile;
+  const long long row_bytes = element_bytes(launch) * launch.depth;
+  MappedArray weights{launch.weights, element_type(launch), true};
+  weights.add_axis(launch.depth, element_bytes(launch), panel_depth(launch.row_bits));
+  if (launch.swiglu) {
+    weights.add_axis(8, row_bytes, 8);
+    weights.add_axis(2, row_bytes * launch.num_features, 2);
+    weights.add_axis(launch.num_features / 8, 8 * row_bytes, tile.weight_rows / 16);
+  } else {
+    weights.add_axis(launch.num_features, row_bytes, tile.weight_rows);
+  }
+  weights.add_slots(slot_bytes);
+  return encode_map(launch, weights, map);
+}
+
 light_status encode_rows(const MatrixLaunch &launch, TensorMap *map) {
-  MappedArray rows{launch.rows, mapped_type(launch), true};
-  rows.add_axis(launch.depth, 2, kPanelDepth);
-  rows.add_axis(launch.groups.num_pairs, 2ll * launch.depth,
+  MappedArray rows{launch.rows, element_type(launch), true};
+  rows.add_axis(launch.depth, element_bytes(launch), panel_depth(launch.row_bits));
+  rows.add_axis(launch.groups.num_pairs, element_bytes(launch) * launch.depth,
                 row_box(launch.tile.tokens));
   return encode_map(launch, rows, map);
 }

@@ -10,7 +10,7 @@ namespace light {
 // the box of it that one copy brings.
 struct MappedArray {
   static constexpr int kMostAxes = 5;
-  enum class Type { kFloat16, kBFloat16, kWord };
+  enum class Type { kFloat16, kBFloat16, kWord, kByte };
 
   const void *address;
   Type type;
@@ -27,6 +27,10 @@ struct MappedArray {
 MappedArray::Type mapped_type(const MatrixLaunch &launch);
 
 light_status encode_map(const MatrixLaunch &launch, const MappedArray &array, TensorMap *map);
+
+// Weights as the mma takes them, row by row; with swiglu 8 gate rows and the 8 up rows beside them
+// take turns.
+light_status encode_weights(const MatrixLaunch &launch, long long slot_bytes, TensorMap *map);
 
 // The rows of the output's pairs, where they are the input's rows in their order.
 light_status encode_rows(const MatrixLaunch &launch, TensorMap *map);

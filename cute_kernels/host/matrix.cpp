@@ -11,12 +11,14 @@
 namespace light {
 namespace {
 
+constexpr int kChunkBytes = 16;  // of rows and weights, copied at a time
+
 // grouped_gemm_bf16_w128_t64_d64_s4_2x2_swiglu: cute_kernels/instances.py makes the same name.
 std::string instance_name(const MatrixLaunch &launch) {
   const light_tile &tile = launch.tile;
   std::string name = launch.stem;
   name += launch.dtype == LIGHT_FLOAT16 ? "_f16" : "_bf16";
-  if (launch.num_bits != 16) {
+  if (launch.num_bits < launch.row_bits) {
     name += "_int" + std::to_string(launch.num_bits);
   }
   const auto add = [&name](const char *what, int number) { name += what + std::to_string(number); };
@@ -84,7 +86,7 @@ light_status check_groups(const MatrixLaunch &launch) {
 light_status check_splits(const MatrixLaunch &launch) {
   const int num_stages = (launch.depth + launch.tile.depth - 1) / launch.tile.depth;
   // Parts are of whole stages, so the last ones may be empty: five stages make no four parts.
-  const int splits = launch.depth_splits;
+  const int splits = launch.splits.count;
   if (launch.on_warpgroups() && splits != 1) {
     return fail(LIGHT_BAD_ARGUMENT, "%s: %d splits of the depth; on warpgroups it has one part",
                 launch.stem, splits);
@@ -93,10 +95,9 @@ light_status check_splits(const MatrixLaunch &launch) {
     return fail(LIGHT_BAD_ARGUMENT, "%s: %d splits of a depth of %d stages", launch.stem, splits,
                 num_stages);
   }
-  if (launch.depth_splits > 1 &&
-      (launch.split_sums == nullptr || launch.split_tickets == nullptr)) {
+  if (splits > 1 && (launch.splits.sums == nullptr || launch.splits.tickets == nullptr)) {
     return fail(LIGHT_BAD_ARGUMENT, "%s: %d splits without split_sums or split_tickets",
-                launch.stem, launch.depth_splits);
+                launch.stem, splits);
   }
   return LIGHT_OK;
 }
@@ -114,9 +115,11 @@ light_status check_matrix(const MatrixLaunch &launch) {
       (launch.rows == nullptr || launch.weights == nullptr || launch.output == nullptr)) {
     return fail(LIGHT_BAD_ARGUMENT, "%s: rows, weights or output is null", launch.stem);
   }
-  if (launch.depth < 8 || launch.depth % 8 || launch.num_features < 8 || launch.num_features % 8) {
-    return fail(LIGHT_BAD_ARGUMENT, "%s: depth %d and %d features must be multiples of 8",
-                launch.stem, launch.depth, launch.num_features);
+  const int whole = kChunkBytes * 8 / launch.row_bits;
+  if (launch.depth < whole || launch.depth % whole || launch.num_features < 8 ||
+      launch.num_features % 8) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: depth %d and %d features must be multiples of %s",
+                launch.stem, launch.depth, launch.num_features, whole == 8 ? "8" : "16 and of 8");
   }
   if (launch.swiglu && launch.output_float32) {
     return fail(LIGHT_BAD_ARGUMENT, "%s: swiglu has no float32 output", launch.stem);
@@ -138,7 +141,7 @@ light_status launch_instance(const MatrixLaunch &launch, int shared_bytes, const
   LIGHT_TRY(find_kernel(name, name, 32 * warps, shared_bytes, &kernel));
   const int num_groups = launch.groups.offsets == nullptr ? 1 : launch.groups.num_groups;
   const long long num_units =
-      launch.depth_splits *
+      launch.splits.count *
       most_output_tiles(tile, launch.groups.num_pairs, num_groups, launch.weight_rows());
   long long num_ctas = std::min<long long>(kernel->resident_ctas(), num_units);
   if (launch.max_ctas > 0) {

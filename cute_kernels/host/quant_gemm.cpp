@@ -56,8 +56,8 @@ light_status light_quant_gemm(const light_quant_gemm_args *args, const light_til
     return light::fail(LIGHT_BAD_ARGUMENT, "quant_gemm: groups of %d; 32, 64 or 128",
                        args->group_size);
   }
-  const light::MatrixLaunch launch("quant_gemm", *args, *tile, dtype, args->num_bits, max_ctas,
-                                   stream);
+  const light::MatrixLaunch launch("quant_gemm", *args, *tile, dtype, args->num_bits, 16,
+                                   max_ctas, stream, light::DepthSplits::of(*args));
   LIGHT_TRY(light::check_matrix(launch));
   if (args->scales == nullptr) {
     return light::fail(LIGHT_BAD_ARGUMENT, "quant_gemm: no scales");

@@ -27,7 +27,7 @@ def test_transformers_experts_compute_the_layer(renormalize: bool) -> None:
     assert relative_error(poisoned(call, problem), reference(problem)) < PEER_LIMIT
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "int4"])
+@pytest.mark.parametrize("dtype", ["bf16", "int4", "fp8"])
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_our_own_layer_by_the_reference_road(dtype: str, renormalize: bool) -> None:
     problem = a_problem(dtype, renormalize=renormalize)
@@ -40,8 +40,9 @@ def test_our_own_layer_by_the_reference_road(dtype: str, renormalize: bool) -> N
 def test_what_an_implementation_lacks_it_says() -> None:
     with pytest.raises(Unsupported, match="int4"):
         transformers_experts.make(a_problem("int4"))
-    with pytest.raises(Unsupported, match="int4"):
-        grouped_mm.make(a_problem("int4"))
+    for dtype in ("int4", "fp8"):
+        with pytest.raises(Unsupported, match="int4 or e4m3"):
+            grouped_mm.make(a_problem(dtype))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")

@@ -10,6 +10,7 @@ from checking import PEER_LIMIT, error_limit, poisoned, reference_dtype
 from floors import GROUP_SIZE, SHAPES, Shape, layer_work
 from packed import pack_codes
 from problem import (
+    ExpertWeights,
     Problem,
     make_logits,
     make_weights,
@@ -52,6 +53,25 @@ def test_reference_is_the_layer_token_by_token(dtype: str) -> None:
     problem = tiny_problem(dtype)
     assert relative_error(reference(problem), token_by_token(problem)) < 1e-12
     assert relative_error(reference(problem, torch.float32), token_by_token(problem)) < 1e-5
+
+
+def test_the_reference_in_e4m3_rounds_both_rows_and_weights() -> None:
+    problem = tiny_problem("fp8")
+    assert problem.weights.fp8 is not None
+    gate_up, down = problem.weights.fp8.layout.views(problem.weights.fp8.blobs)
+    dense = [torch.stack([m.dense(expert) for expert in range(6)]) for m in (gate_up, down)]
+    unrounded = dataclasses.replace(problem, weights=ExpertWeights(*dense))
+
+    error = relative_error(reference(problem), reference(unrounded))
+
+    assert 0.01 < error < 0.08, "two roundings of rows to three bits behind the first"
+    assert error_limit("lightmoe", "bf16", "fp8") < error
+    rolled = problem.weights.rolled(2)
+    for expert in range(6):
+        for matrix, same in zip(
+            rolled.dense((expert + 2) % 6), problem.weights.dense(expert), strict=True
+        ):
+            assert torch.equal(matrix, same)
 
 
 def test_weights_keep_the_size_of_their_input() -> None:

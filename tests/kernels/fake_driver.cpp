@@ -171,10 +171,13 @@ int cuTensorMapEncodeTiled(void *map, int type, unsigned int rank, void *address
 int cuLaunchKernelEx(const Config *config, void *function, void **parameters, void **) {
   const char *name = static_cast<char *>(function);
   if (std::strstr(name, "_wgmma_") != nullptr) {
-    const bool is_plain = std::strncmp(name, "grouped_gemm", 12) == 0;
+    const auto is = [name](const char *stem) {
+      return std::strncmp(name, stem, std::strlen(stem)) == 0;
+    };
     dprintf(STDOUT_FILENO, "stage%s\n",
-            (is_plain ? beside<light_grouped_gemm_args>(parameters[0])
-                      : beside<light_quant_gemm_args>(parameters[0]))
+            (is("grouped_gemm") ? beside<light_grouped_gemm_args>(parameters[0])
+             : is("fp8_gemm")   ? beside<light_fp8_gemm_args>(parameters[0])
+                                : beside<light_quant_gemm_args>(parameters[0]))
                 .c_str());
   }
   std::string attributes;

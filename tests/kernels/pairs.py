@@ -67,11 +67,11 @@ def architecture() -> int:
     return int(name.removesuffix("ptx"))
 
 
-def tiles_of(dtype: torch.dtype, num_bits: int) -> list[Tile]:
+def tiles_of(dtype: torch.dtype, num_bits: int, row_bits: int = 16) -> list[Tile]:
     """Every tile that launches of this dtype may use now."""
     return [
         tile
-        for tile in candidates(architecture(), num_bits)
+        for tile in candidates(architecture(), num_bits, row_bits)
         if dtype == torch.float16 or not tile.half_accumulate
     ]
 

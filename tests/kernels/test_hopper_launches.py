@@ -18,8 +18,8 @@ NUM_MULTIPROCESSORS, RESIDENT_THREADS = 68, 512  # as fake_driver.cpp answers
 NUM_PAIRS, NUM_GROUPS, DEPTH, NUM_FEATURES = 1000, 8, 200, 264
 SLOT_BYTES = 1 << 20
 MOST_SLOTS = 1 << 16
-UINT32, BFLOAT16 = 2, 9  # CUtensorMapDataType: test_library.py holds the numbers against cuda.h
-ELEMENT_BYTES = {UINT32: 4, BFLOAT16: 2}
+UINT8, UINT32, BFLOAT16 = 0, 2, 9  # CUtensorMapDataType: test_library.py holds the numbers against cuda.h
+ELEMENT_BYTES = {UINT8: 1, UINT32: 4, BFLOAT16: 2}
 SWIZZLE_128_BYTES, PROMOTE_256_BYTES = 3, 3
 ROWS, WEIGHTS, SCALES, ZEROS = 1 << 20, 2 << 20, 3 << 20, 4 << 20
 # Beside the stages: two barriers for each of 12, the ring of 16 units, and how many there are.

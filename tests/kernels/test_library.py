@@ -83,6 +83,7 @@ static_assert(same<light::TensorMap, CUtensorMap>);
 static_assert(alignof(light::TensorMap) == alignof(CUtensorMap));
 // The numbers that test_hopper_launches.py expects:
 static_assert(CU_TENSOR_MAP_DATA_TYPE_UINT32 == 2 && CU_TENSOR_MAP_DATA_TYPE_FLOAT16 == 6);
+static_assert(CU_TENSOR_MAP_DATA_TYPE_UINT8 == 0);
 static_assert(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 == 9 && CU_TENSOR_MAP_INTERLEAVE_NONE == 0);
 static_assert(CU_TENSOR_MAP_SWIZZLE_NONE == 0 && CU_TENSOR_MAP_SWIZZLE_128B == 3);
 static_assert(CU_TENSOR_MAP_L2_PROMOTION_L2_256B == 3);

@@ -19,6 +19,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from lightmoe.core import (
+    BalanceEvent,
+    BalanceReport,
     EngineStats,
     LoadReport,
     ModelInfo,
@@ -88,6 +90,8 @@ class FakeEngine:
     hold_after: int | None = None
     submitted: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    route: str = "waterfill"
+    balance_report: BalanceReport | None = None
 
     def __post_init__(self) -> None:
         self._running: dict[str, _Running] = {}
@@ -122,7 +126,15 @@ class FakeEngine:
             placement=[[[0], [0], [0, 1]], [[0, 1], [0], [0]]],
             epoch=1,
             num_steps=7,
+            route=self.route,
+            balance=self.balance_report,
         )
+
+    def balance(self) -> BalanceReport | None:
+        return self.balance_report
+
+    def set_route(self, route: str) -> None:
+        self.route = route
 
     def stats(self) -> EngineStats:
         ranks = (
@@ -183,6 +195,20 @@ class FakeEngine:
             return RequestOutput(name, (token,), "stop")
         is_last = position + 1 == params.max_tokens
         return RequestOutput(name, (token,), "length" if is_last else None)
+
+
+def new_balance(error: str | None = None, num_events: int = 2) -> BalanceReport:
+    """A balancer that has moved three experts; events are numbered from the first ever."""
+    return BalanceReport(
+        num_migrations=1,
+        num_moved_experts=3,
+        moved_bytes=3000,
+        waited_seconds=0.25,
+        heartbeat_age_seconds=0.5,
+        error=error,
+        events=tuple(BalanceEvent(1, f"event {number}") for number in range(num_events)),
+        num_events=num_events,
+    )
 
 
 def new_engine(tokenizer: Tokenizer) -> FakeEngine:

@@ -21,8 +21,8 @@ def make(problem: Problem) -> Callable[[], Tensor]:
     """The layer as route_tokens, permute, grouped_mm, SwiGLU, grouped_mm, combine."""
     from lightmoe import kernels
 
-    if problem.weights.gate_up_codes is not None:
-        raise Unsupported("grouped_mm has no int4 weights")
+    if problem.weights.is_quantized:
+        raise Unsupported("grouped_mm has no int4 or e4m3 weights")
     if problem.hidden.dtype != torch.bfloat16:
         raise Unsupported("grouped_mm takes bfloat16")
     grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm

@@ -1,6 +1,7 @@
 """Light-MoE's own layer: routing, product with gather and SwiGLU, product, combine: four launches.
 
-The problem's mode is the products' `deterministic`; the routing weights are applied in combine.
+In e4m3 the rows of each product are quantised first, by a launch of their own. The problem's mode
+is the products' `deterministic`; the routing weights are applied in combine.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from lightmoe import kernels
 from lightmoe.kernels import PairGroups
+from lightmoe.kernels.fp8_gemm import plan_fp8
 from lightmoe.kernels.grouped_gemm import plan_weights
 from lightmoe.kernels.quant_gemm import plan_quantized
+from lightmoe.quant.fp8 import Fp8Matrix
 from lightmoe.quant.fragments import PackedMatrix
 
 
@@ -53,13 +56,14 @@ def tile_names(problem: Problem, experts: Experts, tokens_per_tile: int) -> str:
     sizes = (problem.num_tokens * problem.shape.num_experts_per_token, problem.shape.num_experts)
     names = []
     for weights, swiglu in ((experts.gate_up, True), (experts.down, False)):
-        make_plan = (
-            functools.partial(plan_weights, weights, *sizes, swiglu=swiglu)
-            if isinstance(weights, Tensor)
-            else functools.partial(plan_quantized, weights, *sizes)
-        )
-        deterministic = problem.mode == "deterministic"
-        plan = make_plan(deterministic=deterministic, tokens_per_tile=tokens_per_tile)
+        mode = {"deterministic": problem.mode == "deterministic"}
+        if isinstance(weights, Tensor):
+            make_plan = functools.partial(plan_weights, weights, *sizes, swiglu=swiglu, **mode)
+        elif isinstance(weights, Fp8Matrix):
+            make_plan = functools.partial(plan_fp8, weights, *sizes)
+        else:
+            make_plan = functools.partial(plan_quantized, weights, *sizes, **mode)
+        plan = make_plan(tokens_per_tile=tokens_per_tile)
         names.append(str(Launch(plan.tile, plan.depth_splits)))
     return " ".join(names)
 
@@ -81,14 +85,16 @@ def steps(problem: Problem) -> dict[str, Callable[[], object]]:
 
 @dataclass(frozen=True)
 class Experts:
-    """Both matrices of all experts as the operators take them: 16-bit tensors or packed codes."""
+    """Both matrices of all experts as the operators take them."""
 
-    gate_up: Tensor | PackedMatrix
-    down: Tensor | PackedMatrix
+    gate_up: Tensor | PackedMatrix | Fp8Matrix
+    down: Tensor | PackedMatrix | Fp8Matrix
 
 
 def experts_of(weights: ExpertWeights) -> Experts:
     """The problem's experts, packed where they are quantised; once per set of weights."""
+    if weights.fp8 is not None:
+        return Experts(*weights.fp8.layout.views(weights.fp8.blobs))
     if weights.gate_up_codes is None or weights.down_codes is None:
         return Experts(weights.gate_up, weights.down)
     if "lightmoe" not in weights.prepared:
@@ -147,12 +153,15 @@ def down(problem: Problem, experts: Experts, routing: Routing, inner: Tensor) ->
 def _product(
     problem: Problem,
     rows: Tensor,
-    weights: Tensor | PackedMatrix,
+    weights: Tensor | PackedMatrix | Fp8Matrix,
     groups: PairGroups,
     row_index: Tensor | None = None,
     *,
     swiglu: bool = False,
 ) -> Tensor:
+    if isinstance(weights, Fp8Matrix):
+        quantized = kernels.permute_fp8(rows, row_index)  # older than it are the groups
+        return kernels.fp8_gemm(*quantized, weights, groups, dtype=rows.dtype, groups_settled=True)
     how = {
         "deterministic": problem.mode == "deterministic",
         "groups_settled": row_index is None,  # the second product follows the first

@@ -18,7 +18,7 @@ from adapters import Unsupported
 def make_fused(problem: Problem) -> Callable[[], Tensor]:
     """fused_experts with the configuration that vLLM picks itself."""
     _require_vllm()
-    if problem.weights.gate_up_codes is not None:
+    if problem.weights.is_quantized:
         raise Unsupported("vLLM's int4 peer is Marlin: --impls vllm_marlin")
     from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 

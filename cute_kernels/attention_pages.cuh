@@ -1,0 +1,148 @@
+// Tiles of keys and values on their way from the pages of one sequence into shared memory.
+#pragma once
+
+#include "attention_units.cuh"
+#include "instructions.cuh"
+
+namespace light::attention {
+
+// Tiles go through a ring of slots: keys, values, keys, values, ..; or keys alone. With cp.async a
+// copy is under way while all slots but one are in use; without, it waits in registers meanwhile.
+template <class Shape>
+class Pages {
+  static constexpr Sizes kSizes = Shape::kSizes;
+  static constexpr int kChunks = kSizes.width / 8;  // of 16 bytes, of a row
+  static constexpr int kLanes = kSizes.width > kMaxApart ? 8 : kChunks;  // side by side in a row
+  static constexpr int kColumns = kChunks / kLanes;
+  static constexpr int kRowsAtOnce = Shape::kThreads / kLanes;
+  static constexpr int kPasses = kSizes.tile_keys() / kRowsAtOnce;
+  static constexpr int kUnrolled = kAsyncCopies && kPasses > 8 ? 8 : kPasses;
+  static_assert(kColumns * kLanes == kChunks && kPasses * kRowsAtOnce == kSizes.tile_keys(),
+                "all threads copy as much");
+  static constexpr int kTilesPerSection = kSection / kSizes.tile_keys();
+
+ public:
+  __device__ __forceinline__ Pages(const light_paged_attention_args &args, unsigned slots)
+      : args_(args), slots_(slots), shift_(__ffs(args.block_size) - 1) {}
+
+  __device__ __forceinline__ void begin(const Unit &unit, int num_tiles) {
+    table_ = args_.block_tables + static_cast<long long>(unit.sequence) * args_.table_stride;
+    head_bytes_ = unit.kv_head * args_.width * 2;
+    length_ = unit.length;
+    section_ = unit.section;
+    num_tiles_ = num_tiles;
+    tile_ = slot_ = 0;
+    of_values_ = false;
+    blocks_next_ = blocks_of(section_);
+    for (int i = 0; i < kSizes.slots() - 1; ++i) {
+      copy_next();
+      end_copy();
+    }
+  }
+
+  // Ask for the tile after the last one asked for.
+  __device__ __forceinline__ void copy_next() {
+    copies_ = tile_ < num_tiles_;
+    if (copies_) {
+      if (tile_ % kTilesPerSection == 0 && !of_values_) {
+        blocks_ = blocks_next_;
+        blocks_next_ = blocks_of(++section_);
+      }
+      const unsigned char *pages =
+          static_cast<const unsigned char *>(of_values_ ? args_.values : args_.keys);
+      copy_tile(pages);
+    }
+    if constexpr (kAsyncCopies) {
+      commit_copies();  // empty groups behind the end keep the count of pending ones right
+      advance();
+    }
+  }
+
+  // Without cp.async: what copy_next asked for is here, and the tile in its slot is done with.
+  __device__ __forceinline__ void end_copy() {
+    if constexpr (!kAsyncCopies) {
+      if (copies_) {
+        const unsigned target = this->target();
+#pragma unroll
+        for (int i = 0; i < kPasses * kColumns; ++i) {
+          store_shared_16(target + offset(i / kColumns, i % kColumns), staged_[i]);
+        }
+      }
+      advance();
+    }
+  }
+
+  // The oldest tile asked for is in its slot once all threads have passed the barrier behind this.
+  __device__ __forceinline__ void wait() const {
+    if constexpr (kAsyncCopies) wait_copies<kSizes.slots() - 2>();
+  }
+
+ private:
+  __device__ __forceinline__ unsigned target() const {
+    return slots_ + slot_ * kSizes.slot_bytes() + threadIdx.x / kLanes * kSizes.row_bytes() +
+           threadIdx.x % kLanes * 16;
+  }
+
+  __device__ __forceinline__ static constexpr int offset(int pass, int column) {
+    return pass * kRowsAtOnce * kSizes.row_bytes() + column * kLanes * 16;
+  }
+
+  // Lane l holds the section's block l.
+  __device__ __forceinline__ int blocks_of(int section) const {
+    const int lane = threadIdx.x % 32, block = (section * kSection >> shift_) + lane;
+    const bool exists = lane < kSection >> shift_ && block << shift_ < length_;
+    return exists ? table_[block] : 0;
+  }
+
+  __device__ __forceinline__ void copy_tile(const unsigned char *pages) {
+    const int first = tile_ % kTilesPerSection * kSizes.tile_keys();
+    const int left = length_ - (section_ - 1) * kSection - first;  // positions
+    const int row = threadIdx.x / kLanes, chunk = threadIdx.x % kLanes;
+    const unsigned target = this->target();
+#pragma unroll kUnrolled
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int place = first + row + pass * kRowsAtOnce;
+      const int block = __shfl_sync(kAllLanes, blocks_, place >> shift_);
+      const int position = (block << shift_) + (place & (args_.block_size - 1));
+      // What a page holds beyond the last position may be another request's, or NaN.
+      const bool exists = row + pass * kRowsAtOnce < left;
+      const unsigned char *source =
+          pages + (exists ? static_cast<long long>(position) * args_.position_bytes + head_bytes_ : 0);
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        const int column = chunk + i * kLanes;
+        const bool copies = exists && 8 * column < args_.width;
+        const unsigned char *from = source + (copies ? 16 * column : 0);
+        if constexpr (kAsyncCopies) {
+          copy_async_16(target + offset(pass, i), from, copies ? 16 : 0);
+        } else {
+          staged_[pass * kColumns + i] = load_global_16(from, copies);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void advance() {
+    slot_ = slot_ + 1 == kSizes.slots() ? 0 : slot_ + 1;
+    tile_ += kSizes.values_are_keys() || of_values_;
+    of_values_ = !kSizes.values_are_keys() && !of_values_;
+  }
+
+  const light_paged_attention_args &args_;
+  unsigned slots_;
+  int shift_;
+  const int *table_;
+  int head_bytes_;
+  int length_;
+  int section_;  // the one after that of blocks_
+  int blocks_;
+  int blocks_next_;
+  int num_tiles_;
+  int tile_;
+  int slot_;
+  bool of_values_;
+  bool copies_;
+  uint4 staged_[kAsyncCopies ? 1 : kPasses * kColumns];
+};
+
+}  // namespace light::attention

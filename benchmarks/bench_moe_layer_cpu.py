@@ -30,6 +30,7 @@ from lightmoe.moe.layer import MoELayer
 from lightmoe.moe.load import LoadCounter
 from lightmoe.moe.overlap_model import Overlap
 from lightmoe.moe.placement import initial_placement
+from lightmoe.moe.skew import RoutingSkew
 from lightmoe.quant.packing import ExpertLayout
 
 TIMEOUT_SECONDS = 120.0
@@ -136,10 +137,11 @@ def make_layer(
         layer_pairs=np.zeros(1, dtype=np.int64),
         tokens_per_rank=(num_tokens,) * communicator.num_ranks,
     )
+    gate = Gate(router, num_per_token, renormalize=True)
     recorder: Any = Recorder(communicator)
     layer = MoELayer(
         0,
-        Gate(router, num_per_token, renormalize=True),
+        RoutingSkew(0.0).instead_of(gate, 0),  # uniform, whatever the router says
         LoadCounter(1, num_experts, device),
         GlooDispatcher(group, 0, recorder),
         Experts(pool),

@@ -6,11 +6,15 @@
 
 namespace light::attention {
 
-// Tiles go through a ring of slots: keys, values, keys, values, ..; or keys alone. With cp.async a
-// copy is under way while all slots but one are in use; without, it waits in registers meanwhile.
+// Tiles go through a ring of slots: keys, values, keys, values, ..; or keys alone. With cp.async
+// copies are under way while a tile is in use; without, one waits in registers meanwhile.
+//
+// They come section after section. Where sections are of different units, the ring goes on from one
+// to the next, so it never drains.
 template <class Shape>
 class Pages {
   static constexpr Sizes kSizes = Shape::kSizes;
+  static constexpr int kAhead = Shape::kSlots - (Shape::kPaired ? 2 : 1);  // copies
   static constexpr int kChunks = kSizes.width / 8;  // of 16 bytes, of a row
   static constexpr int kLanes = kSizes.width > kMaxApart ? 8 : kChunks;  // side by side in a row
   static constexpr int kColumns = kChunks / kLanes;
@@ -25,32 +29,40 @@ class Pages {
   __device__ __forceinline__ Pages(const light_paged_attention_args &args, unsigned slots)
       : args_(args), slots_(slots), shift_(__ffs(args.block_size) - 1) {}
 
-  __device__ __forceinline__ void begin(const Unit &unit, int num_tiles) {
-    table_ = args_.block_tables + static_cast<long long>(unit.sequence) * args_.table_stride;
-    head_bytes_ = unit.kv_head * args_.width * 2;
-    length_ = unit.length;
-    section_ = unit.section;
-    num_tiles_ = num_tiles;
-    tile_ = slot_ = 0;
+  // The first unit.
+  __device__ __forceinline__ void begin(const Unit &unit) {
+    current_.num_tiles = tile_ = slot_ = 0;
     of_values_ = false;
-    blocks_next_ = blocks_of(section_);
-    for (int i = 0; i < kSizes.slots() - 1; ++i) {
+    follow(unit);
+#pragma unroll 1
+    for (int i = 0; i < kAhead; ++i) {
       copy_next();
       end_copy();
     }
   }
 
+  // Its first section comes after the one that is being copied.
+  __device__ __forceinline__ void follow(const Unit &unit) {
+    table_ = args_.block_tables + static_cast<long long>(unit.sequence) * args_.table_stride;
+    section_ = unit.section;
+    length_ = unit.length;
+    tiles_left_ = num_tiles<Shape>(unit);
+    head_bytes_ = unit.kv_head * args_.width * 2;
+    prepare();
+  }
+
+  __device__ __forceinline__ void follow_none() { next_.num_tiles = 0; }
+
   // Ask for the tile after the last one asked for.
   __device__ __forceinline__ void copy_next() {
-    copies_ = tile_ < num_tiles_;
+    if (tile_ == current_.num_tiles) {
+      current_ = next_;
+      tile_ = 0;
+      prepare();
+    }
+    copies_ = tile_ < current_.num_tiles;
     if (copies_) {
-      if (tile_ % kTilesPerSection == 0 && !of_values_) {
-        blocks_ = blocks_next_;
-        blocks_next_ = blocks_of(++section_);
-      }
-      const unsigned char *pages =
-          static_cast<const unsigned char *>(of_values_ ? args_.values : args_.keys);
-      copy_tile(pages);
+      copy_tile(static_cast<const unsigned char *>(of_values_ ? args_.values : args_.keys));
     }
     if constexpr (kAsyncCopies) {
       commit_copies();  // empty groups behind the end keep the count of pending ones right
@@ -72,9 +84,9 @@ class Pages {
     }
   }
 
-  // The oldest tile asked for is in its slot once all threads have passed the barrier behind this.
+  // The oldest tile, or pair, is in its slot once all threads have passed the barrier behind this.
   __device__ __forceinline__ void wait() const {
-    if constexpr (kAsyncCopies) wait_copies<kSizes.slots() - 2>();
+    if constexpr (kAsyncCopies) wait_copies<kAhead - (Shape::kPaired ? 2 : 1)>();
   }
 
  private:
@@ -87,27 +99,37 @@ class Pages {
     return pass * kRowsAtOnce * kSizes.row_bytes() + column * kLanes * 16;
   }
 
-  // Lane l holds the section's block l.
-  __device__ __forceinline__ int blocks_of(int section) const {
-    const int lane = threadIdx.x % 32, block = (section * kSection >> shift_) + lane;
-    const bool exists = lane < kSection >> shift_ && block << shift_ < length_;
-    return exists ? table_[block] : 0;
+  struct Section {
+    int num_tiles;
+    int head_bytes;
+    int num_positions;  // to the end of the sequence
+    int blocks;         // of lane l: the section's block l
+  };
+
+  // Look the next section up, ahead of its copies.
+  __device__ __forceinline__ void prepare() {
+    const int lane = threadIdx.x % 32, block = (section_ * kSection >> shift_) + lane;
+    const bool exists = lane < kSection >> shift_ && block << shift_ < length_ && tiles_left_ > 0;
+    next_ = {min(tiles_left_, kTilesPerSection), head_bytes_, length_ - section_ * kSection,
+             exists ? table_[block] : 0};
+    tiles_left_ = max(tiles_left_ - kTilesPerSection, 0);
+    ++section_;
   }
 
   __device__ __forceinline__ void copy_tile(const unsigned char *pages) {
-    const int first = tile_ % kTilesPerSection * kSizes.tile_keys();
-    const int left = length_ - (section_ - 1) * kSection - first;  // positions
+    const int first = tile_ * kSizes.tile_keys(), left = current_.num_positions - first;
     const int row = threadIdx.x / kLanes, chunk = threadIdx.x % kLanes;
     const unsigned target = this->target();
 #pragma unroll kUnrolled
     for (int pass = 0; pass < kPasses; ++pass) {
       const int place = first + row + pass * kRowsAtOnce;
-      const int block = __shfl_sync(kAllLanes, blocks_, place >> shift_);
+      const int block = __shfl_sync(kAllLanes, current_.blocks, place >> shift_);
       const int position = (block << shift_) + (place & (args_.block_size - 1));
       // What a page holds beyond the last position may be another request's, or NaN.
       const bool exists = row + pass * kRowsAtOnce < left;
       const unsigned char *source =
-          pages + (exists ? static_cast<long long>(position) * args_.position_bytes + head_bytes_ : 0);
+          pages + (exists ? static_cast<long long>(position) * args_.position_bytes + current_.head_bytes
+                          : 0);
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {
         const int column = chunk + i * kLanes;
@@ -123,7 +145,7 @@ class Pages {
   }
 
   __device__ __forceinline__ void advance() {
-    slot_ = slot_ + 1 == kSizes.slots() ? 0 : slot_ + 1;
+    slot_ = slot_ + 1 == Shape::kSlots ? 0 : slot_ + 1;
     tile_ += kSizes.values_are_keys() || of_values_;
     of_values_ = !kSizes.values_are_keys() && !of_values_;
   }
@@ -131,13 +153,13 @@ class Pages {
   const light_paged_attention_args &args_;
   unsigned slots_;
   int shift_;
-  const int *table_;
+  const int *table_;  // of the section after next_
   int head_bytes_;
   int length_;
-  int section_;  // the one after that of blocks_
-  int blocks_;
-  int blocks_next_;
-  int num_tiles_;
+  int section_;
+  int tiles_left_;
+  Section current_;
+  Section next_;
   int tile_;
   int slot_;
   bool of_values_;

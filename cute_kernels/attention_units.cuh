@@ -63,17 +63,21 @@ __device__ __forceinline__ Unit unit_of(const light_paged_attention_args &args, 
   return {sequence, kv_head, first_token, num_rows, length - queries, length, 0, 0, 0};
 }
 
-// One section of a sequence with one query: section after section, the KV heads of one side by side.
+// One section of a sequence with one query: section after section, the rows of one side by side.
 __device__ __forceinline__ bool find_split_unit(const light_paged_attention_args &args, int index,
                                                 Unit *unit) {
+  const int group = args.num_heads / args.num_kv_heads;
+  const int tiles_per_head = (group + kRows - 1) / kRows;
+  const int tiles = args.num_kv_heads * tiles_per_head, tile = index % tiles;
   int sequence, section;
   const auto count = [&](int i) {
     return num_queries(args, i) == 1 ? num_sections(args.lengths[i]) : 0;
   };
-  if (!find_sequence(args.num_sequences, index / args.num_kv_heads, count, &sequence, &section)) {
+  if (!find_sequence(args.num_sequences, index / tiles, count, &sequence, &section)) {
     return false;
   }
-  *unit = unit_of(args, sequence, index % args.num_kv_heads);
+  *unit = unit_of(args, sequence, tile / tiles_per_head);
+  unit->first_row = tile % tiles_per_head * kRows;
   unit->section = section;
   unit->num_positions = min(unit->length - section * kSection, kSection);
   return true;
@@ -97,6 +101,14 @@ __device__ __forceinline__ bool find_whole_unit(const light_paged_attention_args
   const int last_row = min(unit->first_row + rows_per_unit, unit->num_rows) - 1;
   unit->num_positions = unit->first_position + last_row / group + 1;
   return true;
+}
+
+// Tiles of keys that a unit goes through. Each section that is split off has two at least, the second
+// perhaps of nothing, so that copies which run ahead never reach over the unit that comes next.
+template <class Shape>
+__device__ __forceinline__ int num_tiles(const Unit &unit) {
+  constexpr int kKeys = Shape::kSizes.tile_keys();
+  return max((unit.num_positions + kKeys - 1) / kKeys, Shape::kWhole ? 0 : 2);
 }
 
 }  // namespace light::attention

@@ -293,8 +293,9 @@ light_places read_places(const py::tuple &places) {
 }
 
 int exchange_share(const py::tuple &flags, Address experts, Address pair_index, Address prefixes,
-                   Address num_real, Address hidden, Address published, Address ticket,
-                   long long choice_offset, long long prefix_offset, int num_tokens, int num_rows,
+                   Address num_real, Address weights, Address hidden, Address published,
+                   Address ticket, long long choice_offset, long long prefix_offset,
+                   long long weight_offset, int num_tokens, int num_rows,
                    int num_experts_per_token, int num_experts, int num_chunks, int width_bytes,
                    int max_ctas, Address stream) {
   const light_exchange_share_args args{read_flags(flags),
@@ -302,11 +303,13 @@ int exchange_share(const py::tuple &flags, Address experts, Address pair_index, 
                                        pointer<const int>(pair_index),
                                        pointer<const int>(prefixes),
                                        pointer<const int>(num_real),
+                                       pointer<const float>(weights),
                                        pointer<const void>(hidden),
                                        pointer<void>(published),
                                        pointer<unsigned>(ticket),
                                        choice_offset,
                                        prefix_offset,
+                                       weight_offset,
                                        num_tokens,
                                        num_rows,
                                        num_experts_per_token,
@@ -323,46 +326,82 @@ int exchange_meet(const py::tuple &flags, Address stream) {
   return light_exchange_meet(&args, pointer<void>(stream));
 }
 
-int exchange_pull(const py::sequence &hidden, const py::sequence &begin, const py::sequence &count,
-                  const py::tuple &places, Address choices, Address rows, long long choice_stride,
-                  int rank, int num_experts_per_token, int width_bytes, bool on_cards,
-                  int max_ctas, Address stream) {
+// (begin, count, places, choices, choice_stride, rank, num_experts_per_token): light_chunk
+light_chunk read_chunk(const py::tuple &chunk) {
+  light_chunk read{};
+  const auto begin = chunk[0].cast<py::sequence>();
+  read_list<int>(begin, read.begin);
+  read_list<int>(chunk[1].cast<py::sequence>(), read.count);
+  read.places = read_places(chunk[2].cast<py::tuple>());
+  read.choices = pointer<const int>(chunk[3].cast<Address>());
+  read.choice_stride = chunk[4].cast<long long>();
+  read.rank = chunk[5].cast<int>();
+  read.num_ranks = static_cast<int>(begin.size());
+  read.num_experts_per_token = chunk[6].cast<int>();
+  return read;
+}
+
+int exchange_pull(const py::sequence &hidden, const py::tuple &chunk, Address weights,
+                  Address pair_weight, Address rows, long long scale_offset, int width_bytes,
+                  bool on_cards, int dtype, bool as_int8, int max_ctas, Address stream) {
   light_exchange_pull_args args{};
-  args.on_cards = on_cards;
   read_list<Address>(hidden, args.hidden);
-  read_list<int>(begin, args.begin);
-  read_list<int>(count, args.count);
-  args.places = read_places(places);
-  args.choices = pointer<const int>(choices);
+  args.chunk = read_chunk(chunk);
+  args.weights = pointer<const float>(weights);
+  args.pair_weight = pointer<float>(pair_weight);
   args.rows = pointer<void>(rows);
-  args.choice_stride = choice_stride;
-  args.rank = rank;
-  args.num_ranks = static_cast<int>(hidden.size());
-  args.num_experts_per_token = num_experts_per_token;
+  args.scale_offset = scale_offset;
+  args.width_bytes = width_bytes;
+  args.on_cards = on_cards;
+  const py::gil_scoped_release released;
+  return light_exchange_pull(&args, static_cast<light_dtype>(dtype), as_int8, max_ctas,
+                             pointer<void>(stream));
+}
+
+int exchange_sum(Address pairs, const py::sequence &sums, const py::tuple &chunk,
+                 long long scale_offset, int width_bytes, int dtype, bool as_int8, int max_ctas,
+                 Address stream) {
+  light_exchange_sum_args args{};
+  args.pairs = pointer<const void>(pairs);
+  read_list<Address>(sums, args.sums);
+  args.chunk = read_chunk(chunk);
+  args.scale_offset = scale_offset;
   args.width_bytes = width_bytes;
   const py::gil_scoped_release released;
-  return light_exchange_pull(&args, max_ctas, pointer<void>(stream));
+  return light_exchange_sum(&args, static_cast<light_dtype>(dtype), as_int8, max_ctas,
+                            pointer<void>(stream));
 }
 
 int exchange_combine(const py::sequence &pairs, const py::tuple &places, Address choices,
-                     Address weights, Address output, int first_token, int num_tokens, int rank,
-                     int num_experts_per_token, int width_bytes, bool on_cards, int dtype,
-                     int max_ctas, Address stream) {
+                     Address weights, Address output, long long scale_offset, int first_token,
+                     int num_tokens, int rank, int num_experts_per_token, int width_bytes,
+                     bool on_cards, bool summed, int dtype, bool as_int8, int max_ctas,
+                     Address stream) {
   light_exchange_combine_args args{};
-  args.on_cards = on_cards;
   read_list<Address>(pairs, args.pairs);
   args.places = read_places(places);
   args.choices = pointer<const int>(choices);
   args.weights = pointer<const float>(weights);
   args.output = pointer<void>(output);
+  args.scale_offset = scale_offset;
   args.first_token = first_token;
   args.num_tokens = num_tokens;
   args.rank = rank;
   args.num_experts_per_token = num_experts_per_token;
   args.width_bytes = width_bytes;
+  args.on_cards = on_cards;
+  args.summed = summed;
   const py::gil_scoped_release released;
-  return light_exchange_combine(&args, static_cast<light_dtype>(dtype), max_ctas,
+  return light_exchange_combine(&args, static_cast<light_dtype>(dtype), as_int8, max_ctas,
                                 pointer<void>(stream));
+}
+
+int exchange_count(const py::tuple &chunk, Address rows_sent, Address results_sent, bool summed,
+                   Address stream) {
+  const light_exchange_count_args args{read_chunk(chunk), pointer<unsigned long long>(rows_sent),
+                                       pointer<unsigned long long>(results_sent), summed};
+  const py::gil_scoped_release released;
+  return light_exchange_count(&args, pointer<void>(stream));
 }
 
 // tables: source_offsets, copy_ranks, segments, group_offsets, tile_offsets, tile_groups,
@@ -458,20 +497,26 @@ PYBIND11_MODULE(_light_ops, module) {
              arg("output"), arg("scales"), arg("num_rows"), arg("width"), arg("group_size"),
              arg("dtype"), arg("max_ctas"), arg("stream"));
   module.def("exchange_share", &exchange_share, py::kw_only(), arg("flags"), arg("experts"),
-             arg("pair_index"), arg("prefixes"), arg("num_real"), arg("hidden"), arg("published"),
-             arg("ticket"), arg("choice_offset"), arg("prefix_offset"), arg("num_tokens"),
-             arg("num_rows"),
+             arg("pair_index"), arg("prefixes"), arg("num_real"), arg("weights"), arg("hidden"),
+             arg("published"), arg("ticket"), arg("choice_offset"), arg("prefix_offset"),
+             arg("weight_offset"), arg("num_tokens"), arg("num_rows"),
              arg("num_experts_per_token"), arg("num_experts"), arg("num_chunks"),
              arg("width_bytes"), arg("max_ctas"), arg("stream"));
   module.def("exchange_meet", &exchange_meet, py::kw_only(), arg("flags"), arg("stream"));
-  module.def("exchange_pull", &exchange_pull, py::kw_only(), arg("hidden"), arg("begin"),
-             arg("count"), arg("places"), arg("choices"), arg("rows"), arg("choice_stride"),
-             arg("rank"), arg("num_experts_per_token"), arg("width_bytes"), arg("on_cards"),
+  module.def("exchange_pull", &exchange_pull, py::kw_only(), arg("hidden"), arg("chunk"),
+             arg("weights"), arg("pair_weight"), arg("rows"), arg("scale_offset"),
+             arg("width_bytes"), arg("on_cards"), arg("dtype"), arg("as_int8"), arg("max_ctas"),
+             arg("stream"));
+  module.def("exchange_sum", &exchange_sum, py::kw_only(), arg("pairs"), arg("sums"),
+             arg("chunk"), arg("scale_offset"), arg("width_bytes"), arg("dtype"), arg("as_int8"),
              arg("max_ctas"), arg("stream"));
   module.def("exchange_combine", &exchange_combine, py::kw_only(), arg("pairs"), arg("places"),
-             arg("choices"), arg("weights"), arg("output"), arg("first_token"), arg("num_tokens"),
-             arg("rank"), arg("num_experts_per_token"), arg("width_bytes"), arg("on_cards"),
-             arg("dtype"), arg("max_ctas"), arg("stream"));
+             arg("choices"), arg("weights"), arg("output"), arg("scale_offset"),
+             arg("first_token"), arg("num_tokens"), arg("rank"), arg("num_experts_per_token"),
+             arg("width_bytes"), arg("on_cards"), arg("summed"), arg("dtype"), arg("as_int8"),
+             arg("max_ctas"), arg("stream"));
+  module.def("exchange_count", &exchange_count, py::kw_only(), arg("chunk"), arg("rows_sent"),
+             arg("results_sent"), arg("summed"), arg("stream"));
   module.def("route_split", &route_split, py::kw_only(), arg("tables"), arg("source_stride"),
              arg("num_ranks"), arg("num_experts"), arg("num_copies"), arg("rank"), arg("route"),
              arg("sweeps"), arg("tokens_per_tile"), arg("most_tiles"), arg("stream"));

@@ -7,13 +7,10 @@
 // a kernel that starts after the peer's wait ended. Waits and reads are kernels of their own, so
 // nothing read can be older than the flag.
 #include "exchange_bulk.cuh"
-#include "exchange_places.cuh"
+#include "exchange_rows.cuh"
 #include "light_ops.h"
-#include "rows.cuh"
 
 namespace light {
-
-constexpr int kVectorsInFlight = 8;  // 16-byte loads of a lane that cross a link together
 
 __device__ inline void store_flag(unsigned *flag, unsigned value) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
@@ -87,6 +84,12 @@ __device__ inline int chunk_of(int token, int num_tokens, int num_chunks) {
 __device__ inline void give_choice(const light_exchange_share_args &args, int pair, int choice) {
   for (int peer = 0; peer < args.flags.num_ranks; ++peer) {
     in_arena<int>(args.flags.arenas[peer], args.choice_offset)[pair] = choice;
+  }
+  if (args.weights != nullptr && choice >= 0) {
+    const float weight = args.weights[pair];
+    for (int peer = 0; peer < args.flags.num_ranks; ++peer) {
+      in_arena<float>(args.flags.arenas[peer], args.weight_offset)[pair] = weight;
+    }
   }
 }
 
@@ -194,91 +197,6 @@ __device__ void share_counted(const light_exchange_share_args &args) {
   publish(args, thread, kThreads);
 }
 
-// A warp takes a token of some rank, and copies its row to each of its pairs that this rank has.
-__device__ void pull(const light_exchange_pull_args &args) {
-  const int lane = threadIdx.x % 32, num_vectors = args.width_bytes / 16;
-  const int num_warps = gridDim.x * (blockDim.x / 32);
-  const int total = count_tokens(args);
-  for (int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; row < total;
-       row += num_warps) {
-    const SourceToken from = source_of(args, row, total);
-    const bool asks = lane < args.num_experts_per_token;
-    const Place place =
-        place_of(args.places, from.source, asks ? choice_of(args, from, lane) : -1);
-    const unsigned here = __ballot_sync(kAllLanes, place.rank == args.rank);
-    if (here == 0) {
-      continue;
-    }
-    const uint4 *vectors_of_row = static_cast<const uint4 *>(args.hidden[from.source]) +
-                                  (long long)from.token * num_vectors;
-    for (int first = lane; first - lane < num_vectors; first += 32 * kVectorsInFlight) {
-      uint4 vectors[kVectorsInFlight];
-#pragma unroll
-      for (int i = 0; i < kVectorsInFlight; ++i) {
-        if (first + 32 * i < num_vectors) {
-          vectors[i] = __ldcg(vectors_of_row + first + 32 * i);
-        }
-      }
-      for (unsigned left = here; left != 0; left &= left - 1) {
-        const int position = __shfl_sync(kAllLanes, place.position, __ffs(left) - 1);
-        uint4 *to = static_cast<uint4 *>(args.rows) + (long long)position * num_vectors;
-#pragma unroll
-        for (int i = 0; i < kVectorsInFlight; ++i) {
-          if (first + 32 * i < num_vectors) {
-            to[first + 32 * i] = vectors[i];
-          }
-        }
-      }
-    }
-  }
-}
-
-// A warp takes a token of this rank: light_combine's sum, read from where the pairs are.
-template <typename Scalar>
-__device__ void combine_peers(const light_exchange_combine_args &args) {
-  const int lane = threadIdx.x % 32, num_pairs = args.num_experts_per_token;
-  const int num_vectors = args.width_bytes / 16;
-  const int num_warps = gridDim.x * (blockDim.x / 32);
-  for (int token = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; token < args.num_tokens;
-       token += num_warps) {
-    const long long first_pair = (long long)(args.first_token + token) * num_pairs;
-    const int choice = lane < num_pairs ? args.choices[first_pair + lane] : -1;
-    const Place place = place_of(args.places, args.rank, choice);
-    const float weight = lane < num_pairs ? args.weights[first_pair + lane] : 0.0f;
-    const uint4 *row = place.rank < 0 ? nullptr
-                                      : static_cast<const uint4 *>(args.pairs[place.rank]) +
-                                            (long long)place.position * num_vectors;
-    uint4 *output = static_cast<uint4 *>(args.output) + (long long)token * num_vectors;
-    for (int first = lane; first - lane < num_vectors; first += 32) {
-      float sums[8] = {};
-      for (int k = 0; k < num_pairs; k += kVectorsInFlight) {
-        uint4 vectors[kVectorsInFlight];
-        float factors[kVectorsInFlight];
-        bool exists[kVectorsInFlight];
-#pragma unroll
-        for (int i = 0; i < kVectorsInFlight; ++i) {
-          const uint4 *from = reinterpret_cast<const uint4 *>(
-              __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(row), (k + i) % 32));
-          factors[i] = __shfl_sync(kAllLanes, weight, (k + i) % 32);
-          exists[i] = k + i < num_pairs && from != nullptr && first < num_vectors;
-          if (exists[i]) {
-            vectors[i] = __ldcg(from + first);
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < kVectorsInFlight; ++i) {
-          if (exists[i]) {
-            add_weighted(sums, factors[i], vectors[i], static_cast<const Scalar *>(nullptr));
-          }
-        }
-      }
-      if (first < num_vectors) {
-        output[first] = rounded<Scalar>(sums);
-      }
-    }
-  }
-}
-
 }  // namespace light
 
 extern "C" __global__ void __launch_bounds__(1024)
@@ -305,21 +223,20 @@ extern "C" __global__ void __launch_bounds__(64)
   light::meet(args);
 }
 
-extern "C" __global__ void __launch_bounds__(512)
-    exchange_pull(const __grid_constant__ light_exchange_pull_args args) {
-  light::wait_for_previous_kernel();
-  light::pull(args);
-}
-
-#define LIGHT_COMBINE(name, Scalar)                                       \
-  extern "C" __global__ void __launch_bounds__(512)                       \
-      exchange_combine_##name(const __grid_constant__ light_exchange_combine_args args) { \
-    light::wait_for_previous_kernel();                                    \
-    light::combine_peers<Scalar>(args);                                   \
+#define LIGHT_ROWS(name, Args, ...)                                                       \
+  extern "C" __global__ void __launch_bounds__(512) name(const __grid_constant__ Args args) { \
+    light::wait_for_previous_kernel();                                                    \
+    light::__VA_ARGS__(args);                                                             \
   }
-LIGHT_COMBINE(f16, __half)
-LIGHT_COMBINE(bf16, __nv_bfloat16)
-LIGHT_COMBINE(f32, float)
+LIGHT_ROWS(exchange_pull, light_exchange_pull_args, pull<light::AnyRow>)
+LIGHT_ROWS(exchange_pull_int8_f16, light_exchange_pull_args, pull<light::Int8Row<__half>>)
+LIGHT_ROWS(exchange_pull_int8_bf16, light_exchange_pull_args, pull<light::Int8Row<__nv_bfloat16>>)
+LIGHT_ROWS(exchange_sum_f16, light_exchange_sum_args, sum_pairs<__half>)
+LIGHT_ROWS(exchange_sum_bf16, light_exchange_sum_args, sum_pairs<__nv_bfloat16>)
+LIGHT_ROWS(exchange_sum_f32, light_exchange_sum_args, sum_pairs<float>)
+LIGHT_ROWS(exchange_sum_int8_f16, light_exchange_sum_args, sum_pairs_as_int8<__half>)
+LIGHT_ROWS(exchange_sum_int8_bf16, light_exchange_sum_args, sum_pairs_as_int8<__nv_bfloat16>)
+LIGHT_ROWS(exchange_count, light_exchange_count_args, count_sent)
 
 #if __CUDA_ARCH__ >= 900
 extern __shared__ __align__(128) char bulk_memory[];
@@ -330,14 +247,22 @@ extern "C" __global__ void __launch_bounds__(32 * light::ring::kWarps)
   light::pull_bulk(args, bulk_memory);
 }
 
-#define LIGHT_COMBINE_BULK(name, Scalar)                                  \
+#define LIGHT_COMBINE_BULK(name, Row)                                     \
   extern "C" __global__ void __launch_bounds__(32 * light::ring::kWarps)  \
-      exchange_combine_bulk_##name(                                       \
-          const __grid_constant__ light_exchange_combine_args args) {     \
+      exchange_combine##name(const __grid_constant__ light_exchange_combine_args args) { \
     light::wait_for_previous_kernel();                                    \
-    light::combine_bulk<Scalar>(args, bulk_memory);                       \
+    light::combine_bulk<light::Row>(args, bulk_memory);                   \
   }
-LIGHT_COMBINE_BULK(f16, __half)
-LIGHT_COMBINE_BULK(bf16, __nv_bfloat16)
-LIGHT_COMBINE_BULK(f32, float)
+#else
+#define LIGHT_COMBINE_BULK(name, Row)
 #endif
+
+#define LIGHT_COMBINE(kind, name, Row)                                                      \
+  LIGHT_ROWS(exchange_combine##kind##_##name, light_exchange_combine_args,                  \
+             combine_peers<light::Row>)                                                     \
+  LIGHT_COMBINE_BULK(kind##_bulk_##name, Row)
+LIGHT_COMBINE(, f16, FullRow<__half>)
+LIGHT_COMBINE(, bf16, FullRow<__nv_bfloat16>)
+LIGHT_COMBINE(, f32, FullRow<float>)
+LIGHT_COMBINE(_int8, f16, Int8Row<__half>)
+LIGHT_COMBINE(_int8, bf16, Int8Row<__nv_bfloat16>)

@@ -78,7 +78,7 @@ struct PullRing : WarpRing {
     for (int i = 0; i < kStages; ++i) {
       if (i == stage) {
         const Job job = jobs[i];
-        for (int pair = 0; pair < args.num_experts_per_token; ++pair) {
+        for (int pair = 0; pair < args.chunk.num_experts_per_token; ++pair) {
           const int position = positions[job.token * ring::kMostPairs + pair];
           if (position >= 0) {
             store_bulk(static_cast<char *>(args.rows) +
@@ -117,23 +117,27 @@ __device__ void pull_bulk(const light_exchange_pull_args &args, char *shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int num_warps = gridDim.x * (blockDim.x / 32);
   PullRing ring(shared, warp);
-  const int total = count_tokens(args);
+  const light_chunk &chunk = args.chunk;
+  const int total = count_tokens(chunk);
   for (int first = 32 * (blockIdx.x + gridDim.x * warp); first < total;
        first += 32 * num_warps) {
     // A lane looks a token up.
-    const SourceToken from = source_of(args, first + lane, total);
+    const SourceToken from = source_of(chunk, first + lane, total);
     int choices[ring::kMostPairs];
 #pragma unroll
     for (int pair = 0; pair < ring::kMostPairs; ++pair) {
-      choices[pair] = pair < args.num_experts_per_token ? choice_of(args, from, pair) : -1;
+      choices[pair] = pair < chunk.num_experts_per_token ? choice_of(chunk, from, pair) : -1;
     }
     bool wanted = false;
 #pragma unroll
     for (int pair = 0; pair < ring::kMostPairs; ++pair) {
-      if (pair < args.num_experts_per_token) {
-        const Place place = place_of(args.places, from.source, choices[pair]);
-        const bool here = place.rank == args.rank;
+      if (pair < chunk.num_experts_per_token) {
+        const Place place = place_of(chunk.places, from.source, choices[pair]);
+        const bool here = place.rank == chunk.rank;
         ring.positions[lane * ring::kMostPairs + pair] = here ? place.position : -1;
+        if (here) {
+          give_weight(args, from, pair, place.position);
+        }
         wanted |= here;
       }
     }
@@ -162,7 +166,7 @@ __device__ void pull_bulk(const light_exchange_pull_args &args, char *shared) {
   }
 }
 
-template <typename Scalar>
+template <typename Row>
 __device__ void combine_bulk(const light_exchange_combine_args &args, char *shared) {
   constexpr int kStages = ring::kCombineStages;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -177,13 +181,8 @@ __device__ void combine_bulk(const light_exchange_combine_args &args, char *shar
     // A lane has a pair.
     const int num_tokens = min(tokens_per_batch, args.num_tokens - first);
     const bool mine = lane < num_tokens * num_pairs;
-    const long long pair = (long long)(args.first_token + first) * num_pairs + lane;
-    const Place place = place_of(args.places, args.rank, mine ? args.choices[pair] : -1);
-    const float weight = mine ? args.weights[pair] : 0.0f;
-    const char *row = place.rank < 0 ? nullptr
-                                     : static_cast<const char *>(args.pairs[place.rank]) +
-                                           (long long)place.position * args.width_bytes;
-    const unsigned existing = __ballot_sync(kAllLanes, row != nullptr);
+    const Term term = term_of<Row>(args, mine, first + lane / num_pairs, lane % num_pairs);
+    const unsigned existing = __ballot_sync(kAllLanes, term.row != nullptr);
     const unsigned of_token = num_pairs == 32 ? kAllLanes : (1u << num_pairs) - 1;
     const int num_jobs = num_tokens * num_segments;
     const unsigned begin = ring.turn;
@@ -197,9 +196,9 @@ __device__ void combine_bulk(const light_exchange_combine_args &args, char *shar
           arrive_expecting(barrier, bytes * __popc(there));
         }
         __syncwarp();
-        if (lane / num_pairs == token && row != nullptr && mine) {
+        if (lane / num_pairs == token && term.row != nullptr) {
           load_bulk(ring.stages + stage * ring::kCombineStageBytes + lane % num_pairs * segment,
-                    row + offset, bytes, barrier);
+                    term.row + offset, bytes, barrier);
         }
         ++ring.turn;
       }
@@ -210,22 +209,21 @@ __device__ void combine_bulk(const light_exchange_combine_args &args, char *shar
         const unsigned turn = begin + done, stage = turn % kStages;
         const unsigned there = existing >> (token * num_pairs) & of_token;
         wait_barrier(ring.barriers + 8 * stage, turn / kStages % 2);
+        constexpr int kOutputBytes = Row::kElements * sizeof(typename Row::Scalar);
         uint4 *output = reinterpret_cast<uint4 *>(
-            static_cast<char *>(args.output) + (long long)(first + token) * args.width_bytes +
-            offset);
+            static_cast<char *>(args.output) +
+            ((long long)(first + token) * args.width_bytes + offset) / 16 * kOutputBytes);
         const char *here = stages + stage * ring::kCombineStageBytes;
         for (int vector = lane; vector - lane < bytes / 16; vector += 32) {
-          float sums[8] = {};
+          float sums[Row::kElements] = {};
           for (int k = 0; k < num_pairs; ++k) {
-            const float factor = __shfl_sync(kAllLanes, weight, token * num_pairs + k);
+            const float factor = __shfl_sync(kAllLanes, term.factor, token * num_pairs + k);
             if (there >> k & 1 && vector < bytes / 16) {
-              add_weighted(sums, factor,
-                           reinterpret_cast<const uint4 *>(here + k * segment)[vector],
-                           static_cast<const Scalar *>(nullptr));
+              Row::add(sums, factor, reinterpret_cast<const uint4 *>(here + k * segment)[vector]);
             }
           }
           if (vector < bytes / 16) {
-            output[vector] = rounded<Scalar>(sums);
+            Row::store(output, vector, sums);
           }
         }
         __syncwarp();

@@ -1,4 +1,4 @@
-// Where pairs are computed, and the sum of a token's results: what the exchange's plain and bulk
+// Where pairs are computed, and what a row is as it travels: what the exchange's plain and bulk
 // copies share.
 #pragma once
 
@@ -40,34 +40,49 @@ struct SourceToken {
   int token;
 };
 
-__device__ inline int count_tokens(const light_exchange_pull_args &args) {
+__device__ inline int count_tokens(const light_chunk &chunk) {
   int total = 0;
-  for (int source = 0; source < args.num_ranks; ++source) {
-    total += args.count[source];
+  for (int source = 0; source < chunk.num_ranks; ++source) {
+    total += chunk.count[source];
   }
   return total;
 }
 
 // Every rank begins with another one, so that no link has all of them at once.
-__device__ inline SourceToken source_of(const light_exchange_pull_args &args, int number,
-                                        int total) {
+__device__ inline SourceToken source_of(const light_chunk &chunk, int number, int total) {
   if (number >= total) {
     return {-1, 0};
   }
-  int source = args.rank;
+  int source = chunk.rank;
   do {
-    source = source + 1 == args.num_ranks ? 0 : source + 1;
-    number -= args.count[source];
+    source = source + 1 == chunk.num_ranks ? 0 : source + 1;
+    number -= chunk.count[source];
   } while (number >= 0);
-  return {source, number + args.count[source] + args.begin[source]};
+  return {source, number + chunk.count[source] + chunk.begin[source]};
 }
 
-__device__ inline int choice_of(const light_exchange_pull_args &args, SourceToken from, int pair) {
-  if (from.source < 0) {
-    return -1;
+// Where a pair of a token is among all shared choices, and their weights.
+__device__ inline long long shared_place(const light_chunk &chunk, SourceToken from, int pair) {
+  return from.source * chunk.choice_stride +
+         (long long)from.token * chunk.num_experts_per_token + pair;
+}
+
+__device__ inline int choice_of(const light_chunk &chunk, SourceToken from, int pair) {
+  return from.source < 0 ? -1 : chunk.choices[shared_place(chunk, from, pair)];
+}
+
+// Lane k's is pair k's of a token of some rank.
+__device__ inline Place place_of_lane(const light_chunk &chunk, SourceToken from) {
+  const int lane = threadIdx.x % 32;
+  const bool asks = lane < chunk.num_experts_per_token;
+  return place_of(chunk.places, from.source, asks ? choice_of(chunk, from, lane) : -1);
+}
+
+__device__ inline void give_weight(const light_exchange_pull_args &args, SourceToken from, int pair,
+                                   int position) {
+  if (args.weights != nullptr) {
+    args.pair_weight[position] = args.weights[shared_place(args.chunk, from, pair)];
   }
-  return args.choices[from.source * args.choice_stride +
-                      (long long)from.token * args.num_experts_per_token + pair];
 }
 
 __device__ inline void add_weighted(float *sums, float weight, uint4 vector, const __half *) {
@@ -111,6 +126,106 @@ template <>
 __device__ inline uint4 rounded<float>(const float *sums) {
   return {__float_as_uint(sums[0]), __float_as_uint(sums[1]), __float_as_uint(sums[2]),
           __float_as_uint(sums[3])};
+}
+
+// Rows of results as they are: 16 bytes of one are 16 of the output.
+template <typename Number>
+struct FullRow {
+  using Scalar = Number;
+  static constexpr int kElements = 16 / sizeof(Scalar);  // of 16 bytes
+  static constexpr bool kHasScale = false;
+
+  __device__ static void add(float *sums, float weight, uint4 vector) {
+    add_weighted(sums, weight, vector, static_cast<const Scalar *>(nullptr));
+  }
+
+  __device__ static void store(uint4 *row, int vector, const float *sums) {
+    row[vector] = rounded<Scalar>(sums);
+  }
+};
+
+__device__ inline float code_of(const uint4 &vector, int j) {
+  const unsigned words[4] = {vector.x, vector.y, vector.z, vector.w};
+  return (float)(signed char)(words[j / 4] >> 8 * (j % 4));
+}
+
+// Codes with a scale a row: 16 bytes of them are 32 of the output.
+template <typename Number>
+struct Int8Row {
+  using Scalar = Number;
+  static constexpr int kElements = 16, kVectors = 2;
+  static constexpr bool kHasScale = true;
+
+  __device__ static void add(float *sums, float scale, uint4 vector) {
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) {
+      sums[j] = __fadd_rn(sums[j], __fmul_rn(scale, code_of(vector, j)));
+    }
+  }
+
+  __device__ static void store(uint4 *row, int vector, const float *sums) {
+    row[2 * vector] = rounded<Scalar>(sums);
+    row[2 * vector + 1] = rounded<Scalar>(sums + 8);
+  }
+
+  __device__ static void copy(uint4 *row, int vector, uint4 codes, float scale) {
+    float values[kElements];
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) {
+      values[j] = __fmul_rn(scale, code_of(codes, j));
+    }
+    store(row, vector, values);
+  }
+};
+
+// Rows of any kind, copied.
+struct AnyRow {
+  static constexpr int kVectors = 1;
+  static constexpr bool kHasScale = false;
+
+  __device__ static void copy(uint4 *row, int vector, uint4 bytes, float) { row[vector] = bytes; }
+};
+
+__device__ inline float scale_of_row(const void *rows, long long scale_offset, long long row) {
+  return __ldcg(
+      reinterpret_cast<const float *>(static_cast<const char *>(rows) + scale_offset) + row);
+}
+
+// What a lane adds to its token: a row of some rank, and what that is multiplied by.
+struct Term {
+  const char *row;  // null: nothing
+  float factor;
+};
+
+// The index-th term of a token of the chunk, for lanes that have one; a token's are beside each
+// other. For whole warps.
+template <typename Row>
+__device__ inline Term term_of(const light_exchange_combine_args &args, bool mine, int token,
+                               int index) {
+  const int num_pairs = args.num_experts_per_token;
+  const long long number = args.first_token + token, pair = number * num_pairs + index;
+  const Place place = place_of(args.places, args.rank, mine ? args.choices[pair] : -1);
+  if (!args.summed) {
+    return place.rank < 0 ? Term{nullptr, 0.0f}
+                          : Term{static_cast<const char *>(args.pairs[place.rank]) +
+                                     (long long)place.position * args.width_bytes,
+                                 args.weights[pair]};
+  }
+  const int first_lane = threadIdx.x % 32 - index;
+  unsigned long long ranks = 0;  // that have a sum of the token
+  for (int k = 0; k < num_pairs; ++k) {
+    const int rank = __shfl_sync(kAllLanes, place.rank, (first_lane + k) % 32);
+    ranks |= rank < 0 ? 0 : 1ull << rank;
+  }
+  for (int i = 0; i < index; ++i) {
+    ranks &= ranks - 1;
+  }
+  if (!mine || ranks == 0) {
+    return {nullptr, 0.0f};
+  }
+  const void *sums = args.pairs[__ffsll(ranks) - 1];
+  return {static_cast<const char *>(sums) + number * args.width_bytes,
+          Row::kHasScale ? scale_of_row(sums, args.scale_offset, number) : 1.0f};
 }
 
 }  // namespace light

@@ -1,5 +1,4 @@
-// fp8_gemm: grouped_gemm from e4m3 rows and e4m3 weights, both with scales (W8A8). For Hopper alone:
-// older tensor cores have no e4m3.
+// fp8_gemm: grouped_gemm from e4m3 rows and e4m3 weights, both with scales (W8A8). For Hopper alone.
 #include "hopper_fp8.cuh"
 #include "hopper_kernel.cuh"
 

@@ -1,8 +1,8 @@
 // e4m3 weights times e4m3 rows on Hopper. The tensor cores add up 128 of depth, and threads these
 // sums in fp32: an fp8 mma keeps about 14 bits of its sum (DeepSeek-V3 Technical Report, 3.3.2).
 //
-//     producer   row scale x weight scale of a stage, a thread a token ──> shared memory
-//     consumers  sums of 128 of depth x these products, added in fp32
+//     producer   two warps bring a stage's scales ──> shared memory
+//     consumers  sums of 128 of depth x token's scale x weights' scale, added in fp32
 //
 // By channels nothing is multiplied but the total.
 #pragma once
@@ -16,50 +16,64 @@ __device__ __forceinline__ const float *scales_of(const light_fp8_gemm_args &arg
                                          slot * args.slot_bytes);
 }
 
-// The producer's part: for each 128 of depth of a stage the two lists of hopper_launch.h.
+// The list of a panel of a stage in one of its two turns.
+template <class Tile, class Launch>
+__device__ __forceinline__ unsigned scale_list(const Launch &launch, unsigned stage,
+                                               unsigned turn, int panel) {
+  return stage + launch.stage.scales_offset +
+         (turn * Tile::kPanels + panel) * scale_list_bytes(launch.tokens);
+}
+
+// The producer's part, of its third and fourth warp: they wait for scales, those that start the
+// copy engine must not.
 template <class Tile>
 class ScaleWriter {
   using Launch = HopperLaunch<light_fp8_gemm_args>;
-  static constexpr bool kTwoLists = Tile::kSwiglu || Tile::kWeightRows > kScaleSpan;
-  static_assert(Tile::kLimit <= 128, "a thread has one token");
+  static constexpr int kMostThreads = 64;
+  static constexpr int kTokens = (Tile::kLimit + kMostThreads - 1) / kMostThreads;  // of a thread
+  static_assert(Tile::kWeightRows <= 2 * kScaleSpan, "a tile has two blocks of rows at most");
   static_assert(Tile::kFeatures % kScaleSpan == 0 || kScaleSpan % Tile::kFeatures == 0,
                 "a tile begins no block of weights but with its own begin");
 
  public:
-  // Whole warps, of the first tokens.
+  // Whole warps.
   static __device__ __forceinline__ int num_threads(const Launch &launch) {
-    return launch.args.by_channels ? 0 : round_up(launch.tokens, 32);
+    return launch.args.by_channels ? 0 : min(round_up(launch.tokens, 32), kMostThreads);
   }
 
   __device__ __forceinline__ explicit ScaleWriter(const Launch &launch)
       : launch_(launch),
-        num_groups_((launch.args.depth + kScaleSpan - 1) / kScaleSpan) {}
+        num_groups_((launch.args.depth + kScaleSpan - 1) / kScaleSpan),
+        first_token_(threadIdx.x % kMostThreads) {}
 
   __device__ __forceinline__ void begin(const HopperUnit &unit) {
     const light_fp8_gemm_args &args = launch_.args;
-    const int thread = threadIdx.x;
-    const int pair = unit.first_pair + (thread < unit.num_tokens ? thread : 0);
-    const long long row = args.pair_row ? args.pair_row[pair] : pair;
-    row_ = args.row_scales + row * num_groups_;
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const int token = first_token_ + i * kMostThreads;
+      const int pair = unit.first_pair + (token < unit.num_tokens ? token : 0);
+      const long long row = args.pair_row ? args.pair_row[pair] : pair;
+      rows_[i] = args.row_scales + row * num_groups_;
+    }
     const int num_blocks = (args.num_features + kScaleSpan - 1) / kScaleSpan;
     const int first = unit.weight_block * Tile::kFeatures / kScaleSpan;
     const int second = Tile::kSwiglu ? num_blocks + first : min(first + 1, num_blocks - 1);
-    first_ = scales_of(args, unit.slot) + first * num_groups_;
-    second_ = scales_of(args, unit.slot) + second * num_groups_;
+    weights_ = scales_of(args, unit.slot) + (first_token_ == 0 ? first : second) * num_groups_;
     group_ = 0;
     load();
   }
 
-  // For the warps of num_threads, stages in order. Those of the next one are on their way then.
-  __device__ __forceinline__ void write(unsigned stage) {
-    if (threadIdx.x < launch_.tokens) {
-      unsigned target = stage + launch_.stage.scales_offset + threadIdx.x * 4;
+  // Stages in order. Those of the next one are on their way then.
+  __device__ __forceinline__ void write(unsigned stage, unsigned turn) {
 #pragma unroll
-      for (int panel = 0; panel < Tile::kPanels; ++panel) {
-        store_shared_float(target, row_scale_[panel] * first_scale_[panel]);
-        target += launch_.tokens * 4;
-        if (kTwoLists) store_shared_float(target, row_scale_[panel] * second_scale_[panel]);
-        target += launch_.tokens * 4;
+    for (int panel = 0; panel < Tile::kPanels; ++panel) {
+      const unsigned list = scale_list<Tile>(launch_, stage, turn, panel) + first_token_ * 4;
+      if (first_token_ < 2) store_shared_float(list, weight_scale_[panel]);
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) {
+        if (first_token_ + i * kMostThreads < launch_.tokens) {
+          store_shared_float(list + token_scale(i * kMostThreads), row_scale_[panel][i]);
+        }
       }
     }
     group_ += Tile::kPanels;
@@ -72,21 +86,20 @@ class ScaleWriter {
 #pragma unroll
     for (int panel = 0; panel < Tile::kPanels; ++panel) {
       const int group = min(group_ + panel, num_groups_ - 1);
-      row_scale_[panel] = row_[group];
-      first_scale_[panel] = first_[group];
-      if (kTwoLists) second_scale_[panel] = second_[group];
+      if (first_token_ < 2) weight_scale_[panel] = weights_[group];
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) row_scale_[panel][i] = rows_[i][group];
     }
   }
 
   const Launch &launch_;
   int num_groups_;
+  int first_token_;
   int group_;
-  const float *row_;
-  const float *first_;
-  const float *second_;
-  float row_scale_[Tile::kPanels];
-  float first_scale_[Tile::kPanels];
-  float second_scale_[Tile::kPanels];
+  const float *rows_[kTokens];
+  const float *weights_;  // of the first thread the first block's, of the second the other's
+  float row_scale_[Tile::kPanels][kTokens];
+  float weight_scale_[Tile::kPanels];
 };
 
 // The consumers' part: weights in shared memory, and what becomes of their mma's sums.
@@ -102,32 +115,50 @@ class Fp8Operand : public PlainOperand<Tile, light_fp8_gemm_args> {
 
   __device__ __forceinline__ Fp8Operand(const Launch &launch, int row_group)
       : launch_(launch),
-        row_group_(row_group),
-        offset_(launch.stage.scales_offset + threadIdx.x % 4 * 8) {}
+        row_group_(row_group) {}
 
-  // Add the sums of a panel's depth of block `block` of the row group.
+  // A panel's, of the blocks of weights and of this thread's two tokens of every eight.
   template <int Width>
-  __device__ __forceinline__ void add(unsigned stage, int panel, int block,
+  struct PanelScales {
+    float2 weights;
+    float2 tokens[Width / 8];
+
+    __device__ __forceinline__ void load(unsigned list) {
+      weights = load_shared_floats(list);
+#pragma unroll
+      for (int j = 0; j < Width / 8; ++j) tokens[j] = tokens_at(list, j);
+    }
+  };
+
+  __device__ __forceinline__ unsigned list(unsigned stage, unsigned turn, int panel) const {
+    return scale_list<Tile>(launch_, stage, turn, panel);
+  }
+
+  // Add the sums of a panel's depth of block `block` of the row group. With one block the scales
+  // are loaded already.
+  template <int Width>
+  __device__ __forceinline__ void add(unsigned stage, unsigned turn, int panel, int block,
+                                      const PanelScales<Width> &scales,
                                       const float (&part)[Width / 2],
                                       float (&sums)[Tile::kLimit / 2]) const {
+    constexpr bool kLoaded = Tile::kBlocks == 1;
     if (launch_.args.by_channels) {
 #pragma unroll
       for (int i = 0; i < Width / 2; ++i) sums[i] += part[i];
       return;
     }
-    const unsigned list_bytes = launch_.tokens * 4;
-    const int row = (row_group_ * Tile::kBlocks + block) * 64;
-    const int list = Tile::kSwiglu ? 0 : row / kScaleSpan;
-    const unsigned first = stage + offset_ + (panel * 2 + list) * list_bytes;
+    const unsigned from = list(stage, turn, panel);
+    const float2 weights = kLoaded ? scales.weights : load_shared_floats(from);
+    const bool second = (row_group_ * Tile::kBlocks + block) * 64 >= kScaleSpan;
+    const float upper = !Tile::kSwiglu && second ? weights.y : weights.x;
+    const float lower = Tile::kSwiglu ? weights.y : upper;
 #pragma unroll
     for (int j = 0; j < Width / 8; ++j) {
-      const float2 upper = load_shared_floats(first + j * 32);
-      const float2 lower =
-          Tile::kSwiglu ? load_shared_floats(first + list_bytes + j * 32) : upper;
-      sums[4 * j] = fmaf(part[4 * j], upper.x, sums[4 * j]);
-      sums[4 * j + 1] = fmaf(part[4 * j + 1], upper.y, sums[4 * j + 1]);
-      sums[4 * j + 2] = fmaf(part[4 * j + 2], lower.x, sums[4 * j + 2]);
-      sums[4 * j + 3] = fmaf(part[4 * j + 3], lower.y, sums[4 * j + 3]);
+      const float2 scale = kLoaded ? scales.tokens[j] : tokens_at(from, j);
+      sums[4 * j] = fmaf(part[4 * j], scale.x * upper, sums[4 * j]);
+      sums[4 * j + 1] = fmaf(part[4 * j + 1], scale.y * upper, sums[4 * j + 1]);
+      sums[4 * j + 2] = fmaf(part[4 * j + 2], scale.x * lower, sums[4 * j + 2]);
+      sums[4 * j + 3] = fmaf(part[4 * j + 3], scale.y * lower, sums[4 * j + 3]);
     }
   }
 
@@ -158,6 +189,10 @@ class Fp8Operand : public PlainOperand<Tile, light_fp8_gemm_args> {
   }
 
  private:
+  static __device__ __forceinline__ float2 tokens_at(unsigned list, int j) {
+    return load_shared_floats(list + token_scale(0) + threadIdx.x % 4 * 8 + j * 32);
+  }
+
   // Of this thread's rows: with SwiGLU the upper is of gate, the lower of up.
   __device__ __forceinline__ void load_channels(const HopperUnit &unit,
                                                 float (&upper)[Tile::kBlocks],
@@ -181,7 +216,6 @@ class Fp8Operand : public PlainOperand<Tile, light_fp8_gemm_args> {
 
   const Launch &launch_;
   int row_group_;
-  unsigned offset_;  // of this thread's first token in a list
 };
 
 }  // namespace light

@@ -142,33 +142,38 @@ class HopperConsumer {
     }
   }
 
-  // The sums of a panel's depth are multiplied and added by threads, while the tensor cores work for
-  // another warpgroup.
+  // The sums of a panel's depth are multiplied and added by threads, while the tensor cores work
+  // for another warpgroup. A stage is given back when its mma are done: its scales stay for a round.
   template <int Width>
   __device__ __forceinline__ void multiply_scaled() {
+    constexpr int kPieces = Tile::kPanels * Tile::kBlocks;
     float part[Width / 2] = {};
 #pragma unroll 1
     for (int left = num_steps_; left > 0; --left) {
       if (left < num_steps_) wait_stage();
-      const unsigned stage = memory_.stage(cursor_.index);
+      const int index = cursor_.index;
+      const unsigned stage = memory_.stage(index), turn = cursor_.parity;
 #pragma unroll
-      for (int panel = 0; panel < Tile::kPanels; ++panel) {
-#pragma unroll
-        for (int block = 0; block < Tile::kBlocks; ++block) {
-          multiply_panel<Width>(stage, panel, block, part);
-          operand_.template add<Width>(stage, panel, block, part, sums_[block]);
+      for (int piece = 0; piece < kPieces; ++piece) {
+        const int panel = piece / Tile::kBlocks, block = piece % Tile::kBlocks;
+        begin_panel<Width>(stage, panel, block, part);
+        typename Operand::template PanelScales<Width> scales;
+        // One block's scales are loaded under its mma; for more there are no registers left.
+        if (Tile::kBlocks == 1) scales.load(operand_.list(stage, turn, panel));
+        cute::warpgroup_wait<0>();
+        hold(part);
+        if (piece == kPieces - 1 && left > 1) {
+          release(index);
+          cursor_.advance(num_stages_);
         }
-      }
-      if (left > 1) {
-        release(cursor_.index);
-        cursor_.advance(num_stages_);
+        operand_.template add<Width>(stage, turn, panel, block, scales, part, sums_[block]);
       }
     }
   }
 
   template <int Width>
-  __device__ __forceinline__ void multiply_panel(unsigned stage, int panel, int block,
-                                                 float (&part)[Width / 2]) const {
+  __device__ __forceinline__ void begin_panel(unsigned stage, int panel, int block,
+                                              float (&part)[Width / 2]) const {
     hold(part);
     cute::warpgroup_arrive();
 #pragma unroll
@@ -178,8 +183,6 @@ class HopperConsumer {
                               step % 4 ? kAdd : kOverwrite);
     }
     cute::warpgroup_commit_batch();
-    cute::warpgroup_wait<0>();
-    hold(part);
   }
 
   // What the mma write is not moved past this.

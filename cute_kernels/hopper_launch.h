@@ -79,12 +79,17 @@ LIGHT_HOST_DEVICE constexpr HopperStage hopper_stage(int weight_rows, int tokens
   return {weights, scales_offset, zeros_offset, bytes, weights + scales + zeros};
 }
 
-// Of weights and rows in e4m3. Every 128 of depth have two lists of what a token's sums are
-// multiplied by, in float32: with gate and with up rows, or with the tile's first 128 and the rest.
+// Scales of 128 of depth, in float32: of gate and of up rows, or of the tile's first 128 rows and
+// the others; then of the tokens.
+LIGHT_HOST_DEVICE constexpr int scale_list_bytes(int tokens) { return (2 + tokens) * 4; }
+LIGHT_HOST_DEVICE constexpr int token_scale(int token) { return (2 + token) * 4; }
+
+// Of weights and rows in e4m3, with two sets of scales, for turns: a stage's weights and rows are
+// done with before its scales.
 LIGHT_HOST_DEVICE constexpr HopperStage fp8_stage(int weight_rows, int tokens, int depth) {
   const int weights = weight_rows * depth;
   const int scales_offset = weights + tokens * depth;
-  const int end = scales_offset + depth / kScaleSpan * 2 * tokens * 4;
+  const int end = scales_offset + 2 * (depth / kScaleSpan) * scale_list_bytes(tokens);
   return {weights, scales_offset, end, round_up(end, kStageAlignment), weights};
 }
 

@@ -49,7 +49,8 @@ class HopperProducer {
  private:
   __device__ __forceinline__ bool gathers() const { return args_.pair_row != nullptr; }
   __device__ __forceinline__ bool writes_scales() const {
-    return threadIdx.x < Scales::num_threads(launch_);
+    const int thread = static_cast<int>(threadIdx.x) - 64;  // behind those of the copy engine
+    return thread >= 0 && thread < Scales::num_threads(launch_);
   }
   __device__ __forceinline__ bool leads() const { return threadIdx.x == 0; }
   __device__ __forceinline__ int num_boxes(const HopperUnit &unit) const {
@@ -106,7 +107,7 @@ class HopperProducer {
   }
 
   __device__ __forceinline__ void write_scales() {
-    scales_.write(memory_.stage(cursor_.index));
+    scales_.write(memory_.stage(cursor_.index), cursor_.parity);
     __syncwarp();
     if (threadIdx.x % 32 == 0) arrive(memory_.full(cursor_.index));
   }
@@ -119,7 +120,8 @@ class HopperProducer {
 #pragma unroll
       for (int panel = 0; panel < Tile::kPanels; ++panel) {
         copy_box(launch_.rows, barrier, target + panel * launch_.tokens * kPanelRowBytes,
-                 depth + panel * Tile::kPanelDepth, unit.first_pair + box * row_box(launch_.tokens));
+                 depth + panel * Tile::kPanelDepth,
+                 unit.first_pair + box * row_box(launch_.tokens));
       }
       target += row_box(launch_.tokens) * kPanelRowBytes;
     }

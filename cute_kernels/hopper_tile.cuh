@@ -28,7 +28,7 @@ struct HopperTile {
   static constexpr int kBlocks = WeightRows / 64 / RowGroups;  // of 64 rows, of a warpgroup
   static constexpr int kPanelDepth = panel_depth(RowBits);
   static constexpr int kPanels = Depth / kPanelDepth;
-  static constexpr int kSteps = 4 * kPanels;  // mma of a stage: each takes 32 bytes of a panel's rows
+  static constexpr int kSteps = 4 * kPanels;  // mma of a stage, each of 32 bytes of a row
   static constexpr int kWeightBytes = WeightRows * Depth * NumBits / 8;
   static constexpr int kFeatures = Swiglu ? WeightRows / 2 : WeightRows;
   static constexpr int kBlockFeatures = Swiglu ? 32 : 64;  // of 64 rows

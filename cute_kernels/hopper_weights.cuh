@@ -16,7 +16,7 @@ struct NoScales {
   template <class Launch>
   __device__ __forceinline__ explicit NoScales(const Launch &) {}
   __device__ __forceinline__ void begin(const HopperUnit &) {}
-  __device__ __forceinline__ void write(unsigned) {}
+  __device__ __forceinline__ void write(unsigned, unsigned) {}
 };
 
 // Rows as the mma takes them. With SwiGLU 8 gate rows and the 8 up rows beside them take turns: the box has an

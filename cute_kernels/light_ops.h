@@ -242,19 +242,21 @@ typedef struct light_exchange_flags {
 
 // To every rank: this rank's choices int32 [T, K] at choice_offset, and for each of C chunks the
 // prefix sums of its pairs per expert, [E + 1] at prefix_offset and each further chunk's after those
-// of all ranks; its hidden states to where others read them. Then they meet. Chunk c has tokens
-// T * c / C up to T * (c + 1) / C.
+// of all ranks; its weights float32 [T, K] at weight_offset, where they are given; its hidden states
+// to where others read them. Then they meet. Chunk c has tokens T * c / C up to T * (c + 1) / C.
 typedef struct light_exchange_share_args {
   light_exchange_flags flags;
   const int *experts;     // [T, K]
   const int *pair_index;  // [T, K] of light_sort_pairs over the token's chunk; null: counted here
   const int *prefixes;    // [C, E + 1] of light_sort_pairs: its offsets; null with pair_index
   const int *num_real;    // the first tokens count, the others are left out; null: all of them
+  const float *weights;   // [T, K]; null: others need none
   const void *hidden;     // [T, width]; null: published already
   void *published;        // [T, width]
   unsigned *ticket;       // zero before the first launch; left zero
   long long choice_offset;
   long long prefix_offset;
+  long long weight_offset;
   int num_tokens;             // T
   int num_rows;               // tokens that there are, T or fewer; others are left out
   int num_experts_per_token;  // K, at most 16
@@ -275,37 +277,70 @@ typedef struct light_places {
   int num_copies;
 } light_places;
 
-// rows[p] = hidden state of pair p's token, for every pair of the chunk that this rank computes.
-typedef struct light_exchange_pull_args {
-  const void *hidden[LIGHT_MAX_RANKS];  // [tokens, width] of each rank
-  int begin[LIGHT_MAX_RANKS];           // first token of the chunk on each rank
-  int count[LIGHT_MAX_RANKS];           // tokens of the chunk on each rank
+// The tokens of a chunk on all ranks, and where their pairs go.
+typedef struct light_chunk {
+  int begin[LIGHT_MAX_RANKS];  // first token of the chunk on each rank
+  int count[LIGHT_MAX_RANKS];  // tokens of the chunk on each rank
   light_places places;
   const int *choices;  // [W, choice_stride] in this rank's arena
-  void *rows;          // [P, width]
   long long choice_stride;
   int rank;
   int num_ranks;
   int num_experts_per_token;
-  int width_bytes;  // a multiple of 16
-  int on_cards;     // the hidden states are in memory of cards, not of the host
+} light_chunk;
+
+// rows[p] = hidden state of pair p's token, for every pair of the chunk that this rank computes, and
+// pair_weight[p] its weight. As int8 the hidden states travel as light_permute_int8 makes them, and
+// become scale * code in 16 bits.
+typedef struct light_exchange_pull_args {
+  const void *hidden[LIGHT_MAX_RANKS];  // [tokens, width] of each rank
+  light_chunk chunk;
+  const float *weights;    // [W, choice_stride]; null: no pair_weight
+  float *pair_weight;      // [P]
+  void *rows;              // [P, width]
+  long long scale_offset;  // of int8: from a rank's codes to its scales [tokens], in bytes
+  int width_bytes;         // of a row as it travels: a multiple of 16
+  int on_cards;            // the hidden states are in memory of cards, not of the host
 } light_exchange_pull_args;
 
+// sums[s][t] = the sum over ascending k of the results of token t of rank s that this rank has, which
+// are weighted already, in float32, rounded once; tokens without any are left. As int8 the float32
+// sums become codes and scales as light_permute_int8 makes them.
+typedef struct light_exchange_sum_args {
+  const void *pairs;            // [P, width]
+  void *sums[LIGHT_MAX_RANKS];  // [tokens, width] for each rank, by the number of the token there
+  light_chunk chunk;
+  long long scale_offset;  // of int8: from a rank's codes to its scales [tokens], in bytes
+  int width_bytes;         // of a result: a multiple of 16
+} light_exchange_sum_args;
+
 // output[t] = sum over ascending k of weights[t, k] * the result of pair (t, k), read on the rank
-// that computed it, in float32, rounded once.
+// that computed it, in float32, rounded once. Where results are summed already: the sum of the sums
+// of token t, one a rank that has some, over ascending ranks.
 typedef struct light_exchange_combine_args {
-  const void *pairs[LIGHT_MAX_RANKS];  // [P, width] of the chunk on each rank
+  const void *pairs[LIGHT_MAX_RANKS];  // each rank's results of the chunk [P, width], or its sums
   light_places places;
-  const int *choices;    // [tokens, K] of this rank
-  const float *weights;  // [tokens, K]
-  void *output;          // [num_tokens, width]
-  int first_token;       // of the chunk
-  int num_tokens;        // of the chunk
+  const int *choices;      // [tokens, K] of this rank
+  const float *weights;    // [tokens, K]; not read where the results are summed
+  void *output;            // [num_tokens, width]
+  long long scale_offset;  // of int8: from a rank's codes to its scales [tokens], in bytes
+  int first_token;         // of the chunk
+  int num_tokens;          // of the chunk
   int rank;
   int num_experts_per_token;
-  int width_bytes;  // a multiple of 16
+  int width_bytes;  // of a row as it travels: a multiple of 16
   int on_cards;     // the pairs are in memory of cards, not of the host
+  int summed;       // what light_exchange_sum made; always so as int8
 } light_exchange_combine_args;
+
+// What this rank sends in a chunk, added to rows_sent [W], tokens of its own of which each rank has a
+// pair, and results_sent [W], results it has for each rank; where they are summed, one a token.
+typedef struct light_exchange_count_args {
+  light_chunk chunk;
+  unsigned long long *rows_sent;
+  unsigned long long *results_sent;
+  int summed;
+} light_exchange_count_args;
 
 // Which copy of its expert every pair goes to, from the counts of all ranks: the integers of
 // lightmoe/kernels/route_reference.py. A pair of source rank s and expert e at position q among that
@@ -352,7 +387,7 @@ typedef struct light_paged_attention_args {
   float scale;             // of scores, positive
   int num_tokens;
   int num_sequences;
-  int num_heads;     // H, at most 16 over a KV head
+  int num_heads;     // H
   int num_kv_heads;
   int width;         // a multiple of 8
   int block_size;    // a power of 2 from 8 to 256
@@ -431,11 +466,15 @@ LIGHT_API light_status light_dequantize_rows(const light_permute_args *args, lig
 LIGHT_API light_status light_exchange_share(const light_exchange_share_args *args, int max_ctas,
                                             light_stream stream);
 LIGHT_API light_status light_exchange_meet(const light_exchange_flags *args, light_stream stream);
-LIGHT_API light_status light_exchange_pull(const light_exchange_pull_args *args, int max_ctas,
-                                           light_stream stream);
+LIGHT_API light_status light_exchange_pull(const light_exchange_pull_args *args, light_dtype dtype,
+                                           int as_int8, int max_ctas, light_stream stream);
+LIGHT_API light_status light_exchange_sum(const light_exchange_sum_args *args, light_dtype dtype,
+                                          int as_int8, int max_ctas, light_stream stream);
 LIGHT_API light_status light_exchange_combine(const light_exchange_combine_args *args,
-                                              light_dtype dtype, int max_ctas,
+                                              light_dtype dtype, int as_int8, int max_ctas,
                                               light_stream stream);
+LIGHT_API light_status light_exchange_count(const light_exchange_count_args *args,
+                                            light_stream stream);
 
 LIGHT_API light_status light_route_split(const light_route_split_args *args, light_stream stream);
 

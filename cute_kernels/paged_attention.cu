@@ -22,6 +22,8 @@ struct Shape {
 #endif
   static constexpr int kRowTiles = RowTiles;
   static constexpr bool kWhole = Whole;
+  static constexpr bool kPaired = kSizes.pairs_slots(Whole);
+  static constexpr int kSlots = kSizes.slots(Whole);
   static constexpr int kThreads = kSizes.threads(RowTiles);
 };
 
@@ -36,21 +38,29 @@ class Attention {
       : args_(args),
         row_tile_(threadIdx.x / 32 / kSizes.parts()),
         slots_(shared_address(shared)),
-        queries_(slots_ + kSizes.slots() * kSizes.slot_bytes()),
+        queries_(slots_ + Shape::kSlots * kSizes.slot_bytes()),
         pages_(args, slots_),
         rows_(args, queries_ + row_tile_ * kRows * kSizes.row_bytes(),
-              reinterpret_cast<float4 *>(shared + kSizes.slots() * kSizes.slot_bytes() +
+              reinterpret_cast<float4 *>(shared + Shape::kSlots * kSizes.slot_bytes() +
                                          kSizes.query_bytes(Shape::kRowTiles)) +
                   row_tile_ * kRows * kSizes.tile_keys() / 4,
               all_outputs) {}
 
+  __device__ __forceinline__ void begin(const Unit &unit) { pages_.begin(unit); }
+
+  __device__ __forceinline__ void follow(const Unit &unit, bool exists) {
+    if (exists) {
+      pages_.follow(unit);
+    } else {
+      pages_.follow_none();
+    }
+  }
+
   __device__ __forceinline__ void run(const Unit &unit) {
-    const int num_tiles = (max(unit.num_positions, 0) + kSizes.tile_keys() - 1) / kSizes.tile_keys();
-    __syncthreads();  // the unit before is done with the slots
-    pages_.begin(unit, num_tiles);
+    // Nobody reads queries of the unit before: all have met since they multiplied the last tile.
     if constexpr (kSizes.query_in_shared()) store_queries(unit);
     rows_.begin(unit, unit.first_row + row_tile_ * kRows);
-    compute_slot_ = 0;
+    const int num_tiles = attention::num_tiles<Shape>(unit);
 #pragma unroll 1
     for (int tile = 0; tile < num_tiles; ++tile) {
       run_tile(unit.section * kSection + tile * kSizes.tile_keys());
@@ -68,6 +78,8 @@ class Attention {
  private:
   __device__ __forceinline__ void run_tile(int first_key) {
     const bool sees = rows_.sees(first_key);
+    meet();
+    if constexpr (Shape::kPaired) pages_.copy_next();
     const unsigned keys = next_slot();
     if (sees) rows_.multiply_keys(keys);
     if constexpr (kSizes.parts() > 1) {
@@ -77,20 +89,26 @@ class Attention {
     if (sees) rows_.weigh_keys(first_key);
     unsigned values = keys;
     if constexpr (!kSizes.values_are_keys()) {
-      pages_.end_copy();
+      if constexpr (!Shape::kPaired) {
+        pages_.end_copy();
+        meet();
+      }
       values = next_slot();
     }
     if (sees) rows_.multiply_values(values);
     pages_.end_copy();
   }
 
-  // Wait for the tile that comes next, and ask for another one: into the slot before it.
-  __device__ __forceinline__ unsigned next_slot() {
+  // Wait for what comes next, and ask for another tile: into the slot before it.
+  __device__ __forceinline__ void meet() {
     pages_.wait();
     __syncthreads();
     pages_.copy_next();
+  }
+
+  __device__ __forceinline__ unsigned next_slot() {
     const unsigned slot = slots_ + compute_slot_ * kSizes.slot_bytes();
-    compute_slot_ = compute_slot_ + 1 == kSizes.slots() ? 0 : compute_slot_ + 1;
+    compute_slot_ = compute_slot_ + 1 == Shape::kSlots ? 0 : compute_slot_ + 1;
     return slot;
   }
 
@@ -116,7 +134,7 @@ class Attention {
   unsigned queries_;
   Pages<Shape> pages_;
   Rows<Shape> rows_;
-  int compute_slot_;
+  int compute_slot_ = 0;
 };
 
 template <class Shape>
@@ -124,10 +142,16 @@ __device__ __forceinline__ void run_split(const light_paged_attention_args &args
   extern __shared__ __align__(128) unsigned char shared[];
   wait_for_previous_kernel();
   Attention<Shape> attention(args, shared, nullptr);
-  Unit unit;
+  Unit unit, next;
+  int index = blockIdx.x;
+  bool exists = find_split_unit(args, index, &unit);
+  if (exists) attention.begin(unit);
 #pragma unroll 1
-  for (int index = blockIdx.x; find_split_unit(args, index, &unit); index += gridDim.x) {
+  while (exists) {
+    exists = find_split_unit(args, index += gridDim.x, &next);
+    attention.follow(next, exists);
     attention.run(unit);
+    unit = next;
   }
 }
 
@@ -142,7 +166,9 @@ __device__ __forceinline__ void run_whole(const light_paged_attention_args &args
   float4 all_outputs[Rows<Shape>::kValueQuads];
   float4 *kept = all_outputs;
   asm volatile("" : "+l"(kept)::"memory");
-  Attention<Shape>(args, shared, kept).run(unit);
+  Attention<Shape> attention(args, shared, kept);
+  attention.begin(unit);
+  attention.run(unit);
 }
 
 // A warp folds the sections of one query head.
@@ -239,7 +265,7 @@ using Whole = Shape<Element, LIGHT_WIDTH, kRowTiles, true>;
 #define LIGHT_ATTENTION_NAME_(name, kind) name##_##kind
 #define LIGHT_ATTENTION_NAME(name, kind) LIGHT_ATTENTION_NAME_(name, kind)
 #define LIGHT_ATTENTION_KERNEL(kind, threads, ...)                    \
-  extern "C" __global__ void __launch_bounds__(threads)               \
+  extern "C" __global__ void __launch_bounds__(threads, 1)            \
       LIGHT_ATTENTION_NAME(LIGHT_KERNEL_NAME, kind)(                  \
           const __grid_constant__ light_paged_attention_args args) {  \
     light::attention::run_##kind<__VA_ARGS__>(args);                  \

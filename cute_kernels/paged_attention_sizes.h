@@ -39,15 +39,20 @@ struct Sizes {
   LIGHT_ATTENTION_BOTH constexpr int tile_keys() const {
     return width > kMaxApart ? (is_async() ? 32 : 16) : is_async() && width <= 128 ? 64 : 32;
   }
+  // Whether warps meet once for a tile of keys and its values, not for each.
+  LIGHT_ATTENTION_BOTH constexpr bool pairs_slots(bool whole) const {
+    return whole && is_async() && !values_are_keys();
+  }
   // Tiles of keys, or of values, in shared memory.
-  LIGHT_ATTENTION_BOTH constexpr int slots() const {
+  LIGHT_ATTENTION_BOTH constexpr int slots(bool whole) const {
+    if (pairs_slots(whole)) return is_roomy() ? 6 : 4;
     if (!is_async()) return 2;
     return width <= 128 ? 4 : !is_roomy() ? 2 : width <= kMaxApart ? 4 : 3;
   }
   // Of 16 rows, of a CTA that walks all sections of a prompt's tile.
   LIGHT_ATTENTION_BOTH constexpr int row_tiles() const {
     if (width <= 128) return is_async() ? 8 : 4;
-    return width <= kMaxApart ? (is_async() ? 4 : 2) : is_roomy() ? 2 : 1;
+    return width <= kMaxApart ? (is_roomy() ? 4 : 2) : is_roomy() ? 2 : 1;
   }
   LIGHT_ATTENTION_BOTH constexpr int row_bytes() const { return 2 * width + 16; }  // no conflicts
   LIGHT_ATTENTION_BOTH constexpr int slot_bytes() const { return tile_keys() * row_bytes(); }
@@ -57,8 +62,8 @@ struct Sizes {
   LIGHT_ATTENTION_BOTH constexpr int scores_bytes(int num_row_tiles) const {
     return parts() > 1 ? num_row_tiles * kRows * tile_keys() * 4 : 0;
   }
-  LIGHT_ATTENTION_BOTH constexpr int shared_bytes(int num_row_tiles) const {
-    return slots() * slot_bytes() + query_bytes(num_row_tiles) + scores_bytes(num_row_tiles);
+  LIGHT_ATTENTION_BOTH constexpr int shared_bytes(int num_row_tiles, bool whole) const {
+    return slots(whole) * slot_bytes() + query_bytes(num_row_tiles) + scores_bytes(num_row_tiles);
   }
   LIGHT_ATTENTION_BOTH constexpr int threads(int num_row_tiles) const {
     return 32 * parts() * num_row_tiles;

@@ -1,6 +1,7 @@
 // Rows packed in the order they are sent, copied as they are, as int8 with a scale per row or as
 // e4m3 with one per row or per 128 elements, and int8 rows back to 16 bits.
 #include "light_ops.h"
+#include "row_codes.cuh"
 #include "rows.cuh"
 
 namespace light {
@@ -8,7 +9,6 @@ namespace light {
 constexpr int kVectorsInFlight = 4;
 constexpr int kMaxVectors = 8;  // 16-byte vectors that a thread holds of a row with one scale
 constexpr int kLanesPerScale = 16;  // of 8 elements each
-constexpr float kLeastMagnitude = 1e-30f;  // of elements that are not all zeros by their scale
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ inline int source_row(const light_permute_args &args, int row) {
@@ -93,15 +93,6 @@ __device__ inline float largest_magnitude(const Eight<Scalar> (&vectors)[kMaxVec
   return value;
 }
 
-// To the nearest integer, ties to even; NaN becomes 0.
-struct Int8 {
-  static constexpr float kLargest = 127.0f;
-
-  __device__ static unsigned short two(float first, float second) {
-    return __byte_perm(__float2int_rn(first), __float2int_rn(second), 0x0040);
-  }
-};
-
 #if __CUDA_ARCH__ >= 890
 // To the nearest e4m3, ties to even; NaN becomes 0x7f.
 struct Float8 {
@@ -127,16 +118,6 @@ __device__ inline uint2 quantize(const Eight<Scalar> &eight, float inverse) {
                                 __fmul_rn(to_float(eight.scalars[2 * j + 1]), inverse));
   }
   return packed.vector;
-}
-
-template <typename Code>
-__device__ inline float scale_of(float magnitude) {
-  return magnitude < kLeastMagnitude ? 0.0f : magnitude / Code::kLargest;  // of NaN: NaN
-}
-
-template <typename Code>
-__device__ inline float inverse_of(float magnitude) {
-  return magnitude < kLeastMagnitude ? 0.0f : Code::kLargest / magnitude;
 }
 
 // A CTA takes a row at a time and holds it in registers: as few warps as can.

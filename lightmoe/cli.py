@@ -31,6 +31,7 @@ _HELP = {
     "spares": "Ranks that hold replicas only. Default: 2 from four ranks up.",
     "placement": "spare: homes and spares; spread: all ranks alike.",
     "transport": "How rows travel between ranks; auto: gloo on CPUs, copy_engine on GPUs.",
+    "overlap": "Exchange behind compute: auto times both and decides; off; halves: always in two.",
     "peer_memory": "Where copy_engine meets: auto takes the cards where they reach each other.",
     "route": "How tokens are split over the replicas of an expert.",
     "load_format": "dummy makes weights up: config.json is enough, prompts are token ids.",

@@ -22,6 +22,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 PlacementStyle = Literal["spare", "spread"]
 Transport = Literal["auto", "local", "gloo", "nccl", "copy_engine"]
 PeerMemory = Literal["auto", "device", "host"]
+OverlapStyle = Literal["auto", "off", "halves"]
 Route = Literal["waterfill", "even", "none"]
 LoadFormat = Literal["auto", "dummy"]
 OnOff = Literal["on", "off"]
@@ -59,6 +60,7 @@ class LaunchConfig:
     | spares | ranks that hold replicas only; None: 2 from four ranks up, else 0 |
     | placement | "spare": homes and spares; "spread": all ranks alike |
     | peer_memory | where copy_engine's ranks meet: on the cards, or in pinned memory of the host |
+    | overlap | "auto": as the stages, timed at the start, say; "halves": every larger step in two |
     | route | how tokens are split over the replicas of an expert |
     | deterministic | "on": a request's tokens depend on itself only, not on what runs beside it |
     | max_model_len | tokens of prompt and answer together; None: what the model says |
@@ -85,6 +87,7 @@ class LaunchConfig:
     placement: PlacementStyle = "spare"
     transport: Transport = "auto"
     peer_memory: PeerMemory = "auto"
+    overlap: OverlapStyle = "auto"
     route: Route = "waterfill"
     load_format: LoadFormat = "auto"
     deterministic: OnOff = "on"

@@ -293,7 +293,8 @@ class StepResult:
 class RankInfo:
     """What one rank says of itself once its weights are loaded. Sizes in bytes.
 
-    `num_slots` counts free ones too; `expert_bytes` is what one slot holds.
+    `num_slots` counts free ones too; `expert_bytes` is what one slot holds,
+    `overlap` how communication is hidden, and why so.
     """
 
     rank: int
@@ -304,6 +305,7 @@ class RankInfo:
     num_kv_blocks: int
     pid: int = 0
     expert_bytes: int = 0
+    overlap: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -211,6 +211,7 @@ def start_workers(
             device=resolved.device,
             cards=() if config.address else resolved.cards,
             transport=resolved.transport,
+            overlap=config.overlap,
             peers_on_host=_meet_on_host(config, resolved, driver),
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
@@ -237,7 +238,7 @@ def start_workers(
         group=workers,
         model=_model_info(config, folder, model, sizing),
         tokenizer=tokenizer,
-        summary=_summary(config, resolved, kernels, sizing),
+        summary=_summary(config, resolved, kernels, sizing, workers.ranks[0].overlap),
     )
 
 
@@ -320,7 +321,9 @@ def _model_info(
     )
 
 
-def _summary(config: LaunchConfig, resolved: Resolved, kernels: str, sizing: Sizing) -> str:
+def _summary(
+    config: LaunchConfig, resolved: Resolved, kernels: str, sizing: Sizing, overlap: str
+) -> str:
     kinds = f"{config.num_homes} homes + {config.num_spares} spares"
     ranks = f"{config.gpus} ranks, all alike" if config.placement == "spread" else kinds
     slots = [sizing.placement.num_slots(rank) for rank in range(config.gpus)]
@@ -330,6 +333,7 @@ def _summary(config: LaunchConfig, resolved: Resolved, kernels: str, sizing: Siz
         f" {min(slots)}-{max(slots)} experts a rank; context {sizing.max_model_len},"
         f" KV cache {sizing.cache_bytes / 2**20:.0f} MiB a rank; kernels: {kernels},"
         f" deterministic {config.deterministic}"
+        + (f"; {overlap}" if overlap else "")
         + (f"; ROUTING IS MADE UP: {config.routing_skew}" if config.routing_skew else "")
     )
 

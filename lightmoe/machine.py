@@ -170,12 +170,15 @@ def _read_gpu(index: int) -> Gpu:
     )
 
 
+_P2P_READ = 0
+"""NVML's number of the question whether cards may read each other; pynvml's own is a tuple."""
+
+
 def _read_p2p_pairs(num_gpus: int) -> tuple[tuple[int, int], ...]:
     handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(num_gpus)]
 
     def status(first: int, second: int) -> int:
-        index = pynvml.NVML_P2P_CAPS_INDEX_READ
-        return int(pynvml.nvmlDeviceGetP2PStatus(handles[first], handles[second], index))
+        return int(pynvml.nvmlDeviceGetP2PStatus(handles[first], handles[second], _P2P_READ))
 
     pairs = itertools.combinations(range(num_gpus), 2)
     unknown = pynvml.NVML_P2P_STATUS_UNKNOWN

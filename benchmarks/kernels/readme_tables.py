@@ -35,6 +35,10 @@ KERNELS = {
         "rows packed per destination, as int8 or e4m3 with scales where asked",
         "16 bytes a row",
     ),
+    "paged_attention": (
+        "causal attention over a paged KV cache, decodes and prompts in one call",
+        "widths up to 256, latents up to 576, multiples of 8",
+    ),
     "route": (
         "the split of each expert's pairs over its copies, from the counts of all ranks",
         "E <= 512, W <= 64",

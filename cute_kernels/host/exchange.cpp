@@ -36,6 +36,31 @@ light_status check_width(const char *stem, int width_bytes, int num_experts_per_
   return LIGHT_OK;
 }
 
+// The number of a chunk's tokens, where its ranks and experts per token are in order.
+light_status check_chunk(const char *stem, const light_chunk &chunk, long long *num_tokens) {
+  LIGHT_TRY(check_group(stem, chunk.rank, chunk.num_ranks));
+  LIGHT_TRY(check_width(stem, 16, chunk.num_experts_per_token));
+  *num_tokens = 0;
+  for (int rank = 0; rank < chunk.num_ranks; ++rank) {
+    *num_tokens += chunk.count[rank];
+  }
+  if (*num_tokens > 0x7fffffff) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: %lld tokens are too many", stem, *num_tokens);
+  }
+  return LIGHT_OK;
+}
+
+// What a kernel's name ends with.
+light_status find_suffix(const char *stem, light_dtype dtype, bool as_int8, const char **suffix) {
+  const char *const suffixes[] = {"_f16", "_bf16", "_f32"};
+  if (dtype != LIGHT_FLOAT16 && dtype != LIGHT_BFLOAT16 && (as_int8 || dtype != LIGHT_FLOAT32)) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: dtype %d is %s", stem, dtype,
+                as_int8 ? "neither fp16 nor bf16" : "none of fp16, bf16, fp32");
+  }
+  *suffix = suffixes[dtype];
+  return LIGHT_OK;
+}
+
 template <class Args>
 light_status launch_exchange(const char *name, int threads, long long num_ctas, int max_ctas,
                              const Args &args, light_stream stream) {
@@ -44,6 +69,15 @@ light_status launch_exchange(const char *name, int threads, long long num_ctas, 
   const long long most = max_ctas > 0 ? max_ctas : kernel->resident_ctas();
   const long long bounded = std::max(1LL, std::min(num_ctas, most));
   return launch(*kernel, {static_cast<unsigned int>(bounded)}, args, stream, kInTurn);
+}
+
+// A warp takes a token.
+template <class Args>
+light_status launch_tokens(const std::string &name, long long num_tokens, int max_ctas,
+                           const Args &args, light_stream stream) {
+  const int per_cta = kThreads / 32;
+  return launch_exchange(name.c_str(), kThreads, (num_tokens + per_cta - 1) / per_cta, max_ctas,
+                         args, stream);
 }
 
 // A warp has `tokens_per_warp` tokens at a time in the bulk kernel, one in the plain one.
@@ -106,33 +140,60 @@ light_status light_exchange_meet(const light_exchange_flags *args, light_stream 
   return light::launch_exchange("exchange_meet", light::kFlagThreads, 1, 1, *args, stream);
 }
 
-light_status light_exchange_pull(const light_exchange_pull_args *args, int max_ctas,
-                                 light_stream stream) {
-  LIGHT_TRY(light::check_group("exchange_pull", args->rank, args->num_ranks));
-  LIGHT_TRY(light::check_width("exchange_pull", args->width_bytes, args->num_experts_per_token));
+light_status light_exchange_pull(const light_exchange_pull_args *args, light_dtype dtype,
+                                 int as_int8, int max_ctas, light_stream stream) {
+  const char *const stem = "exchange_pull";
   long long num_tokens = 0;
-  for (int rank = 0; rank < args->num_ranks; ++rank) {
-    num_tokens += args->count[rank];
+  LIGHT_TRY(light::check_chunk(stem, args->chunk, &num_tokens));
+  LIGHT_TRY(light::check_width(stem, args->width_bytes, args->chunk.num_experts_per_token));
+  if ((args->weights == nullptr) != (args->pair_weight == nullptr)) {
+    return light::fail(LIGHT_BAD_ARGUMENT, "%s: weights and pair_weight go together", stem);
   }
-  if (num_tokens > 0x7fffffff) {
-    return light::fail(LIGHT_BAD_ARGUMENT, "exchange_pull: %lld tokens are too many", num_tokens);
+  if (!as_int8) {
+    return light::launch_rows(stem, "", num_tokens, 32, max_ctas, *args, stream);
   }
-  return light::launch_rows("exchange_pull", "", num_tokens, 32, max_ctas, *args, stream);
+  const char *suffix = nullptr;
+  LIGHT_TRY(light::find_suffix(stem, dtype, true, &suffix));
+  return light::launch_tokens(std::string("exchange_pull_int8") + suffix, num_tokens, max_ctas,
+                              *args, stream);
+}
+
+light_status light_exchange_sum(const light_exchange_sum_args *args, light_dtype dtype,
+                                int as_int8, int max_ctas, light_stream stream) {
+  const char *const stem = "exchange_sum";
+  long long num_tokens = 0;
+  LIGHT_TRY(light::check_chunk(stem, args->chunk, &num_tokens));
+  LIGHT_TRY(light::check_width(stem, args->width_bytes, args->chunk.num_experts_per_token));
+  if (as_int8 && args->width_bytes % 32 != 0) {
+    return light::fail(LIGHT_BAD_ARGUMENT,
+                       "%s: rows of %d elements as int8, which must be a multiple of 16", stem,
+                       args->width_bytes / 2);
+  }
+  const char *suffix = nullptr;
+  LIGHT_TRY(light::find_suffix(stem, dtype, as_int8, &suffix));
+  return light::launch_tokens(std::string(as_int8 ? "exchange_sum_int8" : stem) + suffix,
+                              num_tokens, max_ctas, *args, stream);
 }
 
 light_status light_exchange_combine(const light_exchange_combine_args *args, light_dtype dtype,
-                                    int max_ctas, light_stream stream) {
-  LIGHT_TRY(light::check_group("exchange_combine", args->rank, LIGHT_MAX_RANKS));
-  LIGHT_TRY(
-      light::check_width("exchange_combine", args->width_bytes, args->num_experts_per_token));
-  if (dtype != LIGHT_FLOAT16 && dtype != LIGHT_BFLOAT16 && dtype != LIGHT_FLOAT32) {
-    return light::fail(LIGHT_BAD_ARGUMENT, "exchange_combine: dtype %d is none of fp16, bf16, fp32",
-                       dtype);
+                                    int as_int8, int max_ctas, light_stream stream) {
+  const char *const stem = "exchange_combine";
+  LIGHT_TRY(light::check_group(stem, args->rank, LIGHT_MAX_RANKS));
+  LIGHT_TRY(light::check_width(stem, args->width_bytes, args->num_experts_per_token));
+  const char *suffix = nullptr;
+  LIGHT_TRY(light::find_suffix(stem, dtype, as_int8, &suffix));
+  if (as_int8 && !args->summed) {
+    return light::fail(LIGHT_BAD_ARGUMENT, "%s: int8 is for sums, not for results", stem);
   }
   if (args->num_tokens == 0) {
     return LIGHT_OK;
   }
-  const char *const suffixes[] = {"_f16", "_bf16", "_f32"};
-  return light::launch_rows("exchange_combine", suffixes[dtype], args->num_tokens,
+  return light::launch_rows(as_int8 ? "exchange_combine_int8" : stem, suffix, args->num_tokens,
                             32 / args->num_experts_per_token, max_ctas, *args, stream);
+}
+
+light_status light_exchange_count(const light_exchange_count_args *args, light_stream stream) {
+  long long num_tokens = 0;
+  LIGHT_TRY(light::check_chunk("exchange_count", args->chunk, &num_tokens));
+  return light::launch_tokens("exchange_count", num_tokens, 0, *args, stream);
 }

@@ -13,13 +13,10 @@ using attention::Sizes;
 
 light_status check_sizes(const light_paged_attention_args &args) {
   if (args.num_tokens < 0 || args.num_sequences < 0 || args.num_kv_heads < 1 ||
-      args.num_heads < 1 || args.num_heads % args.num_kv_heads != 0 ||
-      args.num_heads / args.num_kv_heads > attention::kRows) {
+      args.num_heads < 1 || args.num_heads % args.num_kv_heads != 0) {
     return fail(LIGHT_BAD_ARGUMENT,
-                "paged_attention: %d tokens of %d sequences, %d heads over %d KV heads, of which"
-                " each serves up to %d",
-                args.num_tokens, args.num_sequences, args.num_heads, args.num_kv_heads,
-                attention::kRows);
+                "paged_attention: %d tokens of %d sequences, %d heads over %d KV heads",
+                args.num_tokens, args.num_sequences, args.num_heads, args.num_kv_heads);
   }
   const int widest = args.keys == args.values ? std::end(attention::kWidths)[-1]
                                               : attention::kMaxApart;
@@ -57,8 +54,8 @@ light_status find(const char *kind, const Sizes &sizes, light_dtype dtype, int r
   const std::string name = program + "_" + kind;
   return row_tiles == 0
              ? find_kernel(program, name, 32 * attention::kMergeWarps, 0, kernel)
-             : find_kernel(program, name, sizes.threads(row_tiles), sizes.shared_bytes(row_tiles),
-                           kernel);
+             : find_kernel(program, name, sizes.threads(row_tiles),
+                           sizes.shared_bytes(row_tiles, kind[0] == 'w'), kernel);
 }
 
 light_status launch_whole(const light_paged_attention_args &args, const Sizes &sizes,
@@ -75,7 +72,9 @@ light_status launch_split(const light_paged_attention_args &args, const Sizes &s
                           light_dtype dtype, light_stream stream) {
   const Kernel *kernel = nullptr;
   LIGHT_TRY(find("split", sizes, dtype, 1, &kernel));
-  const long long units = 1LL * args.num_sequences * args.max_sections * args.num_kv_heads;
+  const int group = args.num_heads / args.num_kv_heads;
+  const int row_tiles = args.num_kv_heads * ((group - 1) / attention::kRows + 1);
+  const long long units = 1LL * args.num_sequences * args.max_sections * row_tiles;
   const long long num_ctas = std::min<long long>(units, kernel->resident_ctas());
   LIGHT_TRY(launch(*kernel, {static_cast<unsigned int>(num_ctas)}, args, stream));
   if (args.partials == nullptr) {

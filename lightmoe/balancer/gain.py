@@ -19,6 +19,9 @@ EXPERT_SHARE = 0.5
 LEAST_GAIN = 0.02
 """A migration that promises less is noise."""
 
+_NUM_DRAWS = 4
+"""Steps drawn from the load for a prediction."""
+
 _TOKENS_OF_A_LAYER = 1 << 16
 _LOADS: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
     "waterfill": waterfill_loads,
@@ -43,20 +46,33 @@ class Gain:
         return gains and self.saved_seconds > self.cost_seconds
 
 
-def max_over_mean(load: np.ndarray, placement: Placement, route: str) -> float:
+def max_over_mean(
+    load: np.ndarray, placement: Placement, route: str, pairs_per_step: int | None = None
+) -> float:
     """The fullest rank over the mean one, over all layers, if this load [L, E] came again.
 
-    Layers follow each other and each waits for its fullest rank, so maxima are summed over layers
-    before they are divided.
+    With `pairs_per_step` in steps of so many pairs a layer, drawn from the load: small steps are
+    uneven by chance too. Layers follow each other and each waits for its fullest rank, so maxima
+    are summed over layers before they are divided.
     """
     copies = copy_table(placement.slot_table >= 0, placement.homes)
-    totals = load.sum(axis=1, keepdims=True)
-    scaled = load * np.divide(
-        _TOKENS_OF_A_LAYER, totals, out=np.zeros_like(totals, dtype=np.float64), where=totals > 0
-    )
-    ranks = _LOADS[route](np.rint(scaled).astype(np.int64), copies, placement.num_ranks)
+    shares = _shares(load)
+    if pairs_per_step is None:
+        counts = np.rint(shares * _TOKENS_OF_A_LAYER).astype(np.int64)
+    else:
+        generator = np.random.default_rng(0)  # the same steps for every placement
+        drawn = generator.multinomial(pairs_per_step, shares, size=(_NUM_DRAWS, len(shares)))
+        counts, copies = drawn.reshape(-1, shares.shape[1]), np.tile(copies, (_NUM_DRAWS, 1, 1))
+    ranks = _LOADS[route](counts, copies, placement.num_ranks)
     mean = ranks.mean(axis=1).sum()
     return float(ranks.max(axis=1).sum() / mean) if mean else 1.0
+
+
+def _shares(load: np.ndarray) -> np.ndarray:
+    """Each expert's part of its layer's load; equal parts of none."""
+    totals = load.sum(axis=1, keepdims=True, dtype=np.float64)
+    even = np.full(load.shape, 1 / load.shape[1])
+    return np.asarray(np.divide(load, totals, out=even, where=totals > 0))
 
 
 def predict(
@@ -65,13 +81,16 @@ def predict(
     then: Placement,
     route: str,
     *,
+    pairs_per_step: int,
     step_seconds: float,
     horizon_steps: int,
     expert_bytes: int,
     bytes_per_second: float,
 ) -> Gain:
     """What going from one placement to another would bring, and take from the busiest rank."""
-    before, after = (max_over_mean(load, placement, route) for placement in (now, then))
+    before, after = (
+        max_over_mean(load, placement, route, pairs_per_step) for placement in (now, then)
+    )
     new = (then.slot_table >= 0) & (now.slot_table < 0)
     bytes_in = int(new.sum(axis=(0, 1)).max(initial=0)) * expert_bytes
     saved = (1 - after / before) * EXPERT_SHARE * step_seconds * horizon_steps

@@ -60,6 +60,7 @@ class _Task:
     load: np.ndarray
     placement: Placement
     route: str
+    pairs_per_step: int
     step_seconds: float
     bytes_per_second: float
     next_transfer: int
@@ -216,6 +217,7 @@ class Balancer:
             load,
             placement,
             route,
+            max(1, round(measured.mean * placement.num_ranks / len(load) / measured.num_steps)),
             measured.seconds / measured.num_steps,
             min(speed, _FIRST_BYTES_PER_SECOND),
             self._next_transfer,
@@ -282,6 +284,7 @@ class Balancer:
             now,
             goal,
             task.route,
+            pairs_per_step=task.pairs_per_step,
             step_seconds=task.step_seconds,
             horizon_steps=self._interval_steps,
             expert_bytes=self._costs.expert_bytes,

@@ -58,6 +58,7 @@ class Flags:
         pair_index: Tensor | None,
         prefixes: Tensor | None,
         num_real: Tensor | None,
+        weights: Tensor | None,
         hidden: Tensor | None,
         published: int,
         ticket: Tensor,
@@ -66,12 +67,14 @@ class Flags:
         num_experts: int,
         choice_offset: int,
         prefix_offset: int,
+        weight_offset: int,
     ) -> None:
         """Give all ranks experts and pair_index int32 [N, K] and prefixes [C, E + 1], and meet.
 
         Of T tokens the first N are there, and of those the first `num_real` int32 [1], where it is
         given, are real: the others go nowhere. Up to COUNTED_PAIRS pairs need no pair_index and
-        prefixes. hidden [N, D] is copied to the address `published`, unless it is None.
+        prefixes. `weights` fp32 [N, K] go with them unless they are None. hidden [N, D] is copied
+        to the address `published`, unless it is None.
         """
         num_rows, num_experts_per_token = experts.shape
         row_bytes = 16 if hidden is None else hidden.shape[1] * hidden.element_size()
@@ -83,11 +86,13 @@ class Flags:
             pair_index=address(pair_index),
             prefixes=address(prefixes),
             num_real=address(num_real),
+            weights=address(weights),
             hidden=address(hidden),
             published=published,
             ticket=address(ticket),
             choice_offset=choice_offset,
             prefix_offset=prefix_offset,
+            weight_offset=weight_offset,
             num_tokens=num_tokens,
             num_rows=num_rows,
             num_experts_per_token=num_experts_per_token,
@@ -96,6 +101,39 @@ class Flags:
             width_bytes=row_bytes,
             max_ctas=0,
         )
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """How rows [N, D] lie where ranks read them: as they are, or int8 codes, then fp32 scales [N].
+
+    Codes and scales are `permute_int8`'s.
+    """
+
+    num_rows: int
+    width: int
+    element_bytes: int
+    as_int8: bool = False
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row, without its scale."""
+        return self.width * (1 if self.as_int8 else self.element_bytes)
+
+    @property
+    def scale_offset(self) -> int:
+        """From the first row to the scales, in bytes; 0 where there are none."""
+        return self.num_rows * self.row_bytes if self.as_int8 else 0
+
+    @property
+    def bytes_on_link(self) -> int:
+        """What crosses a link with a row."""
+        return self.row_bytes + (4 if self.as_int8 else 0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole block, a multiple of 256."""
+        return -(-self.num_rows * self.bytes_on_link // 256) * 256
 
 
 @dataclass(frozen=True)
@@ -110,42 +148,6 @@ class Places:
         num_experts, num_copies = self.copy_ranks.shape
         return (address(self.segments), address(self.copy_ranks), num_experts, num_copies)
 
-    def pull(
-        self,
-        rows: Tensor,
-        hidden_addresses: Sequence[int],
-        spans: Sequence[slice],
-        choices: int,
-        choice_stride: int,
-        *,
-        rank: int,
-        num_experts_per_token: int,
-        on_cards: bool,
-        max_ctas: int = 0,
-    ) -> None:
-        """Fill rows [P, D], those of all pairs that this rank computes.
-
-        `spans` are the chunk's tokens on each rank; `choices` is the address of all ranks' shared
-        choices, `choice_stride` of them a rank. `on_cards`: hidden states of other ranks are in
-        their cards' memory, not in the host's.
-        """
-        library().launch(
-            "exchange_pull",
-            rows.device,
-            hidden=hidden_addresses,
-            begin=[span.start for span in spans],
-            count=[span.stop - span.start for span in spans],
-            places=self._fields,
-            choices=choices,
-            rows=address(rows),
-            choice_stride=choice_stride,
-            rank=rank,
-            num_experts_per_token=num_experts_per_token,
-            width_bytes=rows.shape[1] * rows.element_size(),
-            on_cards=on_cards,
-            max_ctas=max_ctas,
-        )
-
     def combine(
         self,
         output: Tensor,
@@ -156,11 +158,15 @@ class Places:
         *,
         rank: int,
         on_cards: bool,
+        block: RowBlock,
+        summed: bool = False,
         max_ctas: int = 0,
     ) -> None:
         """Sum the chunk's results into output [T of the chunk, D], in ascending k, in fp32.
 
-        `weights` fp32 [T, K] and `choices` are of all tokens of this rank.
+        `weights` fp32 [T, K] and `choices` are of all tokens of this rank. With `summed` there is
+        the weighted sum of a token's results on every rank that has some, at the token's number:
+        these are added in ascending rank.
         """
         library().launch(
             "exchange_combine",
@@ -170,12 +176,121 @@ class Places:
             choices=choices,
             weights=address(weights),
             output=address(output),
+            scale_offset=block.scale_offset,
             first_token=first_token,
             num_tokens=len(output),
             rank=rank,
             num_experts_per_token=weights.shape[1],
-            width_bytes=output.shape[1] * output.element_size(),
+            width_bytes=block.row_bytes,
             on_cards=on_cards,
+            summed=summed,
             dtype=_DTYPES[output.dtype],
+            as_int8=block.as_int8,
             max_ctas=max_ctas,
         )
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The tokens of a chunk, `spans` of each rank's, where their pairs go, and what ranks shared.
+
+    `choices` int32 [W, S] are all ranks', with room for S.
+    """
+
+    spans: Sequence[slice]
+    places: Places
+    choices: Tensor
+    rank: int
+    num_experts_per_token: int
+
+    @property
+    def _fields(self) -> tuple[object, ...]:
+        return (
+            [span.start for span in self.spans],
+            [span.stop - span.start for span in self.spans],
+            self.places._fields,
+            address(self.choices),
+            self.choices.shape[1],
+            self.rank,
+            self.num_experts_per_token,
+        )
+
+    def pull(
+        self,
+        rows: Tensor,
+        hidden_addresses: Sequence[int],
+        *,
+        block: RowBlock,
+        on_cards: bool,
+        weights: Tensor | None = None,
+        pair_weight: Tensor | None = None,
+        max_ctas: int = 0,
+    ) -> None:
+        """Fill rows [P, D], those of all pairs that this rank computes, and their pair_weight [P].
+
+        `weights` fp32 [W, S] are all ranks', None without pair_weight. `on_cards`: hidden states of
+        other ranks are in their cards' memory, not in the host's.
+        """
+        library().launch(
+            "exchange_pull",
+            rows.device,
+            hidden=hidden_addresses,
+            chunk=self._fields,
+            weights=address(weights),
+            pair_weight=address(pair_weight),
+            rows=address(rows),
+            scale_offset=block.scale_offset,
+            width_bytes=block.row_bytes,
+            on_cards=on_cards,
+            dtype=_DTYPES[rows.dtype],
+            as_int8=block.as_int8,
+            max_ctas=max_ctas,
+        )
+
+    def sum(
+        self, pairs: Tensor, sums: Sequence[int], *, block: RowBlock, max_ctas: int = 0
+    ) -> None:
+        """Add up each token's weighted results among pairs [P, D], in ascending k, in fp32.
+
+        The sums go to `sums`, the address of a block for each rank's tokens; tokens without
+        results here leave theirs as it is.
+        """
+        library().launch(
+            "exchange_sum",
+            pairs.device,
+            pairs=address(pairs),
+            sums=sums,
+            chunk=self._fields,
+            scale_offset=block.scale_offset,
+            width_bytes=pairs.shape[1] * pairs.element_size(),
+            dtype=_DTYPES[pairs.dtype],
+            as_int8=block.as_int8,
+            max_ctas=max_ctas,
+        )
+
+    def count(self, sent: Tensor, *, summed: bool) -> None:
+        """Add to int64 [2, W] the rows, and the results or sums, that this rank sends to each."""
+        library().launch(
+            "exchange_count",
+            sent.device,
+            chunk=self._fields,
+            rows_sent=address(sent[0]),
+            results_sent=address(sent[1]),
+            summed=summed,
+        )
+
+
+def publish_int8(hidden: Tensor, published: int, block: RowBlock) -> None:
+    """Write hidden [N, D] as int8 into the block at an address."""
+    library().launch(
+        "permute_int8",
+        hidden.device,
+        rows=address(hidden),
+        row_index=0,
+        output=published,
+        scales=published + block.scale_offset,
+        num_rows=len(hidden),
+        width=block.width,
+        dtype=_DTYPES[hidden.dtype],
+        max_ctas=0,
+    )

@@ -39,10 +39,10 @@ def fp8_gemm(
     """[R, D] of float8_e4m3fn x e4m3 weights of S slots -> [P, num_features] of `dtype`.
 
     Scales by blocks of 128 or by rows and channels; D is a multiple of 16. The tensor cores add up
-    128 of depth, with about 14 bits, and fp32 sums these: 1e-3 of the result's norm beside
-    reference.fp8_gemm, which says the rest. `dtype` is float16, bfloat16, or float32 without
-    SwiGLU. `max_ctas` and `groups_settled` as in grouped_gemm. UsageError names the tensor that
-    does not fit; MachineError where the kernels are not sm_90's.
+    128 of depth, with about 14 bits, and fp32 sums these: before rounding, within 1.5e-3 of the
+    norm of what reference.fp8_gemm makes, which says the rest. `dtype` is float16, bfloat16, or
+    float32 without SwiGLU. `max_ctas` and `groups_settled` as in grouped_gemm. UsageError names the
+    tensor that does not fit; MachineError where the kernels are not sm_90's.
     """
     require_dtype(_STEM, "rows", rows, torch.float8_e4m3fn)
     require_shape(_STEM, "rows", rows, None, experts.depth)

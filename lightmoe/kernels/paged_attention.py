@@ -20,7 +20,6 @@ from lightmoe.kernels.library import address, library
 SECTION = 256
 """Positions whose softmax is one chain: kSection of cute_kernels/paged_attention_sizes.h."""
 
-MAX_SHARED_HEADS = 16
 MAX_WIDTH = 256
 MAX_WIDTH_OF_LATENTS = 576
 _STEM = "paged_attention"
@@ -46,9 +45,9 @@ def paged_attention(
     sees: not on other rows, nor on whether it is decoded or part of a prompt. Rows that are no
     sequence's are left.
 
-    Widths are multiples of 8 up to 256, up to 576 where `values` are `keys`; up to 16 query heads
-    share a KV head; a block has a power of two of positions, 8 to 256. The query's tokens may lie
-    apart. UsageError names what does not fit.
+    Widths are multiples of 8 up to 256, up to 576 where `values` are `keys`; a block has a power
+    of two of positions, 8 to 256. The query's tokens may lie apart. UsageError names what does not
+    fit.
     """
     _check_cache(query, keys, values)
     _check_tables(block_tables, query_starts, lengths)
@@ -123,10 +122,9 @@ def _check_cache(query: Tensor, keys: Tensor, values: Tensor) -> None:
             f"{_STEM}: query has tokens {query.stride(0)} elements apart; it needs a multiple of 8"
         )
     num_kv_heads = keys.shape[2]
-    if num_heads % num_kv_heads or num_heads // num_kv_heads > MAX_SHARED_HEADS:
+    if num_heads % num_kv_heads:
         raise UsageError(
-            f"{_STEM}: query has {num_heads} heads over {num_kv_heads} of keys;"
-            f" it takes a multiple up to {MAX_SHARED_HEADS}"
+            f"{_STEM}: query has {num_heads} heads over {num_kv_heads} of keys; it takes a multiple"
         )
     widest = MAX_WIDTH_OF_LATENTS if keys.data_ptr() == values.data_ptr() else MAX_WIDTH
     if width > widest:

@@ -485,8 +485,10 @@ def paged_attention(
         starts, starts[1:], lengths.tolist(), block_tables, strict=False
     ):
         if begin < end and length > 0:
-            past = [pages[blocks].flatten(0, 1)[:length] for pages in (keys, values)]
-            attended[begin:end] = _attend(query[begin:end], *past, scale)
+            past_keys, past_values = (
+                pages[blocks].flatten(0, 1)[:length] for pages in (keys, values)
+            )
+            attended[begin:end] = _attend(query[begin:end], past_keys, past_values, scale)
     return attended
 
 

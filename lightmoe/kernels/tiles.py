@@ -77,7 +77,7 @@ class Tile:
         weights = self.weight_rows * self.depth * num_bits // 8
         scales = 0 if num_bits == 16 else 2 * self.weight_rows * (self.depth // _SMALLEST_GROUP) * 2
         if self.row_bits == 8:
-            scales = self.depth // _SCALE_SPAN * 2 * self.tokens * 4
+            scales = 2 * (self.depth // _SCALE_SPAN) * (2 + self.tokens) * 4
         total = weights + scales + self.tokens * self.depth * self.row_bits // 8
         return total + -total % _SWIZZLE_BYTES if self.limit else total
 

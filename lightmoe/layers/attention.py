@@ -25,10 +25,10 @@ QUERY_ROWS = 8
 
 
 class KVCache:
-    """Keys and values of one rank in blocks: [L, blocks + 2, block size, heads, width] each.
+    """Keys and values of one rank in blocks: [L, blocks + 1, block size, heads, width] each.
 
-    The last two are no sequence's: one stays zero, one is for rows that nobody reads. The two widths need not be equal; a model that
-    finds its values in the keys has value width 0.
+    The last block is no sequence's: it is for rows that nobody reads. The two widths need not be
+    equal; a model that finds its values in the keys has value width 0.
     """
 
     def __init__(
@@ -43,14 +43,13 @@ class KVCache:
         device: torch.device,
     ) -> None:
         assert block_size % QUERY_ROWS == 0, "the last page must hold the padded positions"
-        shape = (num_layers, num_blocks + 2, block_size, num_heads)
+        shape = (num_layers, num_blocks + 1, block_size, num_heads)
         # Pages that no sequence has touched cost no memory on a CPU.
         self.keys = torch.empty(*shape, key_width, dtype=dtype, device=device)
         self.values = torch.empty(*shape, value_width, dtype=dtype, device=device)
         self.keys[:, num_blocks:], self.values[:, num_blocks:] = 0, 0
         self.block_size = block_size
-        self.zero_row = num_blocks * block_size
-        self.scratch_row = self.zero_row + block_size
+        self.scratch_row = num_blocks * block_size
 
 
 class Attend(Protocol):

@@ -53,7 +53,7 @@ class LatentAttention:
         cache.flatten(0, 2).index_copy_(0, step.cache_rows, self._cache_entries(hidden, step))
         query = self._latent_queries(hidden, step)  # [T, H, R + P]
         # Latents are the values as well. P columns too many cost less than a copy of the rest, and
-        # equal widths run fused.
+        # a GPU then reads what are keys and values once.
         attended = step.attend(query, cache, cache, self._score_scale)
         attended = attended[..., : self._values.input_width]
         return self._output(self._values(attended).flatten(1))

@@ -6,8 +6,8 @@ and in first layers without experts; all of that is in ModelConfig.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,11 +18,18 @@ from lightmoe.layers.basic import HeadLinear, Linear, RMSNorm, Rotary
 from lightmoe.layers.latent_attention import LatentAttention
 from lightmoe.models.model_config import MLAConfig, ModelConfig
 from lightmoe.models.weights import WeightReader
-from lightmoe.moe.dispatch import ExpertGroup, make_dispatcher
+from lightmoe.moe.dispatch import (
+    CopyEngineDispatcher,
+    Dispatcher,
+    ExpertGroup,
+    make_dispatcher,
+)
 from lightmoe.moe.experts import Experts, SlotPool
 from lightmoe.moe.gate import Gate
+from lightmoe.moe.halves import InFlight
 from lightmoe.moe.layer import MoELayer
 from lightmoe.moe.load import LoadCounter
+from lightmoe.moe.overlap_model import Overlap
 from lightmoe.moe.skew import RoutingSkew
 from lightmoe.quant.packing import ExpertLayout
 from lightmoe.telemetry.trace import span
@@ -38,6 +45,7 @@ class Parts:
     pool: SlotPool
     deterministic: bool = True
     skew: RoutingSkew | None = None
+    overlap: Overlap = field(default_factory=Overlap)
 
     def linear(self, *names: str, swiglu: bool = False) -> Linear:
         """One product with these weights, one's columns after the other's."""
@@ -68,6 +76,8 @@ class Decoder:
         self._layers = [
             DecoderLayer(layer, parts, self.load) for layer in range(config.num_hidden_layers)
         ]
+        self.overlap = parts.overlap
+        self.moe_layers = [layer.moe for layer in self._layers if layer.moe is not None]
         self._norm = parts.norm("model.norm.weight")
         head = self._embedding if config.tie_word_embeddings else parts.read("lm_head.weight")
         self._head = Linear(head, deterministic=parts.deterministic, output_float32=True)
@@ -78,6 +88,38 @@ class Decoder:
         for layer in self._layers:
             hidden = layer(hidden, step)
         return self._norm(hidden)
+
+    def forward_halves(
+        self, halves: Sequence[tuple[Tensor, AttentionStep]], begin_half: Callable[[int], None]
+    ) -> list[Tensor]:
+        """`forward` of two halves of a step, the exchange of each behind the other's computing.
+
+        `begin_half(0)` or `(1)` is called before what the ranks exchange for that half.
+        """
+        rows = [embedding(token_ids, self._embedding) for token_ids, _ in halves]
+        waiting: list[tuple[DecoderLayer, InFlight | None]] = []
+        for layer in self._layers:
+            flights = []
+            for half, (_, step) in enumerate(halves):
+                if waiting:  # what comes back last has longest to do so
+                    before, flight = waiting[half]
+                    rows[half] = before.finish(rows[half], flight)
+                rows[half] = layer.attend(rows[half], step)
+                begin_half(half)
+                flights.append(layer.begin(rows[half], half))
+            for flight in flights:
+                layer.compute(flight)
+            waiting = [(layer, flight) for flight in flights]
+        return [
+            self._norm(last.finish(hidden, flight))
+            for hidden, (last, flight) in zip(rows, waiting, strict=True)
+        ]
+
+    def set_overlap(self, overlap: Overlap) -> None:
+        """How the layers with experts overlap from now on."""
+        self.overlap = overlap
+        for layer in self.moe_layers:
+            layer.overlap = overlap
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, D] -> fp32 [N, vocabulary]."""
@@ -94,18 +136,39 @@ class DecoderLayer:
         self._attention = _attention(layer, parts)
         self._mlp_norm = parts.norm(prefix + "post_attention_layernorm.weight")
         mlp_prefix = f"{prefix}{config.mlp_prefix}."
+        self.moe: MoELayer | None = None
         self._mlp: Callable[[Tensor], Tensor]
         if layer in config.moe_layers:
-            self._mlp = _moe(config.moe_layers.index(layer), mlp_prefix, parts, load)
+            self._mlp = self.moe = _moe(config.moe_layers.index(layer), mlp_prefix, parts, load)
         else:
             self._mlp = _swiglu(mlp_prefix, parts)
 
     def __call__(self, hidden: Tensor, step: AttentionStep) -> Tensor:
-        """[T, D] -> [T, D]. Without tokens here there is no attention, but the experts serve."""
-        if len(hidden):
-            with span("attention", self._layer):
-                hidden = hidden + self._attention(self._input_norm(hidden), step)
+        """[T, D] -> [T, D]."""
+        hidden = self.attend(hidden, step)
         return hidden + self._mlp(self._mlp_norm(hidden))
+
+    def attend(self, hidden: Tensor, step: AttentionStep) -> Tensor:
+        """Attention's part. Without tokens here there is none, but the experts serve."""
+        if not len(hidden):
+            return hidden
+        with span("attention", self._layer):
+            return hidden + self._attention(self._input_norm(hidden), step)
+
+    def begin(self, hidden: Tensor, half: int) -> InFlight | None:
+        """Send a half of a step to the experts; None where the layer has an MLP for them."""
+        return None if self.moe is None else self.moe.begin(self._mlp_norm(hidden), half)
+
+    def compute(self, flight: InFlight | None) -> None:
+        """The experts' products of a half."""
+        if self.moe is not None and flight is not None:
+            self.moe.compute(flight)
+
+    def finish(self, hidden: Tensor, flight: InFlight | None) -> Tensor:
+        """What the experts, or the MLP, add to a half."""
+        if self.moe is None or flight is None:
+            return hidden + self._mlp(self._mlp_norm(hidden))
+        return hidden + self.moe.finish(flight)
 
 
 def _moe(layer: int, prefix: str, parts: Parts, load: LoadCounter) -> MoELayer:
@@ -125,7 +188,14 @@ def _moe(layer: int, prefix: str, parts: Parts, load: LoadCounter) -> MoELayer:
     experts = Experts(parts.pool, deterministic=parts.deterministic)
     dispatcher = make_dispatcher(parts.group, layer, router_weight.device, experts.tokens_per_tile)
     shared = _swiglu(prefix + "shared_experts.", parts) if config.num_shared_experts else None
-    return MoELayer(layer, gate, load, dispatcher, experts, shared)
+    second: Dispatcher | None = None
+    if parts.group.second_peers is not None:
+        second = CopyEngineDispatcher(
+            parts.group, layer, parts.group.second_peers, experts.tokens_per_tile
+        )
+    return MoELayer(
+        layer, gate, load, dispatcher, experts, shared, parts.overlap, second_dispatcher=second
+    )
 
 
 def _swiglu(prefix: str, parts: Parts) -> Callable[[Tensor], Tensor]:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lightmoe.moe import halves
 from lightmoe.moe.dispatch import Dispatcher
 from lightmoe.moe.experts import Experts
 from lightmoe.moe.gate import Gate
+from lightmoe.moe.halves import InFlight
 from lightmoe.moe.load import LoadCounter
 from lightmoe.moe.overlap_model import Overlap
 from lightmoe.moe.pipeline import SharedExpert, run_layer
@@ -32,6 +34,7 @@ class MoELayer:
         experts: Experts,
         shared_expert: SharedExpert | None = None,
         overlap: Overlap | None = None,
+        second_dispatcher: Dispatcher | None = None,
     ) -> None:
         self.layer = layer
         self.gate = gate
@@ -40,6 +43,24 @@ class MoELayer:
         self.experts = experts
         self.shared_expert = shared_expert
         self.overlap = overlap or Overlap()
+        self._halves = (dispatcher, second_dispatcher or dispatcher)
+
+    def begin(self, hidden: Tensor, half: int) -> InFlight:
+        """Send one half of a step, [T, D], on its way; `compute` and `finish` follow."""
+        dispatcher = self._halves[half]
+        dispatcher.publish(hidden)
+        with span("gate", self.layer):
+            choice = self.gate(hidden, dispatcher.pair_sort)
+        self.load.add(self.layer, choice)
+        return halves.begin(dispatcher, hidden, choice)
+
+    def compute(self, flight: InFlight) -> None:
+        """The experts' part for one half."""
+        halves.compute(flight, self.experts, self.overlap.expert_ctas)
+
+    def finish(self, flight: InFlight) -> Tensor:
+        """What the layer adds to one half's hidden states: [T, D]."""
+        return halves.finish(flight, self.shared_expert)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""

@@ -64,12 +64,18 @@ class Overlap:
     |---|---|
     | num_chunks | so many; None: what the costs say |
     | costs | of the stages, fitted; None: no overlap |
+    | halves_from | tokens of the fullest rank from which a step is cut in two; None: never |
     | expert_ctas | multiprocessors of the experts while an exchange runs beside; None: all |
     """
 
     num_chunks: int | None = 1
     costs: LayerCosts | None = None
+    halves_from: int | None = None
     expert_ctas: int | None = None
+
+    def cuts_in_two(self, num_tokens: int) -> bool:
+        """Whether a step with so many tokens on the fullest rank runs as two halves."""
+        return self.halves_from is not None and num_tokens >= max(2, self.halves_from)
 
     def chunks(self, num_tokens: int) -> int:
         """Chunks for so many tokens on the fullest rank: the same number on every rank."""

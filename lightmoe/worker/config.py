@@ -38,6 +38,7 @@ class WorkerConfig:
     seed: int
     transport: str = "gloo"
     peers_on_host: bool = False
+    overlap: Literal["auto", "off", "halves"] = "auto"
     max_num_batched_tokens: int = 512
     max_num_seqs: int = 16
     cards: tuple[int, ...] = ()

@@ -19,7 +19,7 @@ from lightmoe.core import SequenceStep
 from lightmoe.kernels.checks import is_native
 from lightmoe.kernels.exchange import COUNTED_PAIRS
 from lightmoe.layers.attention import AttentionStep, KVCache
-from lightmoe.layers.batched_attention import AttendTogether, group_queries, one_kernel
+from lightmoe.layers.batched_attention import AttendTogether
 from lightmoe.models.decoder import Decoder
 from lightmoe.moe.dispatch import ExpertGroup
 from lightmoe.worker.inputs import send
@@ -133,20 +133,22 @@ class DecodeGraphs:
         )
         rows = torch.arange(batch, device=numbers.device)
         real = (rows < num_real).int()
-        queries = group_queries(
-            slice(0, batch), positions[:, None], tables.view(batch, num_blocks), cache
+        attend = AttendTogether(
+            tables.int().view(batch, num_blocks),
+            torch.arange(batch + 1, dtype=torch.int32, device=numbers.device),
+            (positions + 1).int(),
+            max_queries=1,
         )
         step = AttentionStep(
             cache,
             cache_rows,
             decoder.rotary.tables(positions, cache.keys.dtype),
-            AttendTogether((queries,)),
+            attend,
         )
         group.num_real = num_real.int()
         decoder.load.counted = real.repeat_interleave(decoder.num_experts_per_token)
         try:
-            with one_kernel(cache):
-                hidden = decoder.forward(token_ids, step)
+            hidden = decoder.forward(token_ids, step)
         finally:
             group.num_real = decoder.load.counted = None
         if group.peers is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from lightmoe.layers.attention import (
     view_sequence,
 )
 from lightmoe.layers.basic import Rotary
-from lightmoe.layers.batched_attention import AttendTogether, group_queries
+from lightmoe.layers.batched_attention import AttendTogether
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,23 +37,21 @@ class StepInputs:
 
 def step_inputs(sequences: Sequence[SequenceStep], cache: KVCache, rotary: Rotary) -> StepInputs:
     """The inputs of these sequences' next step."""
-    together = is_native(cache.keys)
-    runs = _runs(sequences) if together else [[sequence] for sequence in sequences]
-    ordered = [sequence for run in runs for sequence in run]
-    tables = [_block_table(run, cache.block_size) for run in runs]
-    ends = itertools.accumulate(len(sequence.token_ids) for sequence in ordered)
+    ends = itertools.accumulate(len(sequence.token_ids) for sequence in sequences)
     sampled = [
         (sequence.sequence_id, sequence.sampling, end - 1)
-        for sequence, end in zip(ordered, ends, strict=True)
+        for sequence, end in zip(sequences, ends, strict=True)
         if sequence.sampling is not None
     ]
-    token_ids, positions, cache_rows, last_rows, *block_tables = _upload(
+    together = is_native(cache.keys)
+    tables = _tables(sequences, cache.block_size)
+    token_ids, positions, cache_rows, last_rows, *columns = _upload(
         [
-            [token for sequence in ordered for token in sequence.token_ids],
-            [position for sequence in ordered for position in _positions(sequence)],
-            [row for sequence in ordered for row in _cache_rows(sequence, cache.block_size)],
+            [token for sequence in sequences for token in sequence.token_ids],
+            [position for sequence in sequences for position in _positions(sequence)],
+            [row for sequence in sequences for row in _cache_rows(sequence, cache.block_size)],
             [row for _, _, row in sampled],
-            *tables,
+            *(_together(sequences, tables) if together else tables),
         ],
         cache.keys.device,
     )
@@ -64,11 +62,32 @@ def step_inputs(sequences: Sequence[SequenceStep], cache: KVCache, rotary: Rotar
             cache,
             cache_rows,
             rotary.tables(positions, cache.keys.dtype),
-            attend(runs, positions, block_tables, cache),
+            attend(sequences, columns, cache),
         ),
         tuple((sequence_id, sampling) for sequence_id, sampling, _ in sampled),
         last_rows,
     )
+
+
+def in_halves(
+    sequences: Sequence[SequenceStep], num_tokens: int
+) -> tuple[list[SequenceStep], list[SequenceStep]]:
+    """The first `num_tokens` tokens of a step and the others; one sequence may be in both."""
+    first: list[SequenceStep] = []
+    second: list[SequenceStep] = []
+    left = num_tokens
+    for sequence in sequences:
+        count = len(sequence.token_ids)
+        if count <= left:
+            first.append(sequence)
+        elif left <= 0:
+            second.append(sequence)
+        else:
+            head, tail = sequence.token_ids[:left], sequence.token_ids[left:]
+            first.append(replace(sequence, token_ids=head, sampling=None))
+            second.append(replace(sequence, token_ids=tail, start=sequence.start + left))
+        left = max(0, left - count)
+    return first, second
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -76,21 +95,6 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _runs(sequences: Sequence[SequenceStep]) -> list[list[SequenceStep]]:
-    """Sequences whose attention runs together: those with one token that are about as long."""
-    by_length = sorted(sequences, key=_length_class)
-    runs: list[list[SequenceStep]] = []
-    for length_class, together in itertools.groupby(by_length, key=_length_class):
-        run = list(together)
-        runs += [run] if length_class else [[sequence] for sequence in run]
-    return runs
-
-
-def _length_class(sequence: SequenceStep) -> int:
-    """0 for a piece of a prompt; so padding at most doubles what a sequence attends over."""
-    return 0 if len(sequence.token_ids) > 1 else (sequence.start + 1).bit_length()
 
 
 def _positions(sequence: SequenceStep) -> range:
@@ -102,14 +106,23 @@ def _cache_rows(sequence: SequenceStep, block_size: int) -> Iterable[int]:
         yield sequence.block_table[position // block_size] * block_size + position % block_size
 
 
-def _block_table(run: Sequence[SequenceStep], block_size: int) -> list[int]:
-    """The blocks of each sequence of a run, padded to as many each."""
-    tables = [
-        sequence.block_table[: (_positions(sequence).stop - 1) // block_size + 1]
-        for sequence in run
+def _tables(sequences: Sequence[SequenceStep], block_size: int) -> list[list[int]]:
+    """The blocks of each sequence that hold what it sees."""
+    return [
+        list(sequence.block_table[: (_positions(sequence).stop - 1) // block_size + 1])
+        for sequence in sequences
     ]
-    longest = max(map(len, tables))
-    return [block for table in tables for block in (*table, *[0] * (longest - len(table)))]
+
+
+def _together(sequences: Sequence[SequenceStep], tables: list[list[int]]) -> list[list[int]]:
+    """Query starts, lengths, and the tables padded to as many blocks each."""
+    sizes = (len(sequence.token_ids) for sequence in sequences)
+    longest = max(map(len, tables), default=0)
+    return [
+        list(itertools.accumulate(sizes, initial=0)),
+        [_positions(sequence).stop for sequence in sequences],
+        [block for table in tables for block in (*table, *[0] * (longest - len(table)))],
+    ]
 
 
 def _upload(columns: Sequence[list[int]], device: torch.device) -> tuple[Tensor, ...]:
@@ -119,10 +132,10 @@ def _upload(columns: Sequence[list[int]], device: torch.device) -> tuple[Tensor,
 
 
 def _attend_one_by_one(
-    runs: list[list[SequenceStep]], _: Tensor, block_tables: list[Tensor], cache: KVCache
+    sequences: Sequence[SequenceStep], tables: list[Tensor], cache: KVCache
 ) -> Attend:
     views, begin = [], 0
-    for (sequence,), blocks in zip(runs, block_tables, strict=True):
+    for sequence, blocks in zip(sequences, tables, strict=True):
         end = begin + len(sequence.token_ids)
         seen = _positions(sequence).stop
         views.append(view_sequence(begin, end, seen, blocks, cache.keys.dtype))
@@ -131,16 +144,10 @@ def _attend_one_by_one(
 
 
 def _attend_together(
-    runs: list[list[SequenceStep]],
-    positions: Tensor,
-    block_tables: list[Tensor],
-    cache: KVCache,
+    sequences: Sequence[SequenceStep], columns: list[Tensor], _: KVCache
 ) -> Attend:
-    groups, begin = [], 0
-    for run, blocks in zip(runs, block_tables, strict=True):
-        end = begin + sum(len(sequence.token_ids) for sequence in run)
-        tokens = slice(begin, end)
-        by_sequence = positions[tokens].view(len(run), -1)
-        groups.append(group_queries(tokens, by_sequence, blocks.view(len(run), -1), cache))
-        begin = end
-    return AttendTogether(tuple(groups))
+    sizes = [len(column) for column in columns]
+    starts, lengths, tables = torch.cat(columns).int().split(sizes)
+    most = max((len(sequence.token_ids) for sequence in sequences), default=0)
+    tables = tables.view(len(sequences), -1) if sequences else tables.view(0, 0)
+    return AttendTogether(tables, starts, lengths, most)

@@ -9,6 +9,7 @@ from lightmoe.distributed.peers import PeerMemory, Road
 from lightmoe.models.config import ModelConfig
 from lightmoe.moe.dispatch.copy_engine import ArenaLayout, PeerLane
 from lightmoe.worker.config import WorkerConfig
+from lightmoe.worker.graphs import MAX_BATCH
 
 
 def arena_layout(
@@ -17,7 +18,7 @@ def arena_layout(
     """The arenas of ranks that run up to `max_tokens` each in a step."""
     return ArenaLayout(
         num_ranks=num_ranks,
-        max_tokens=max_tokens,
+        max_tokens=max(max_tokens, MAX_BATCH),  # what a padded decode step takes
         num_experts=model.num_experts,
         num_experts_per_token=model.num_experts_per_tok,
         width=model.hidden_size,
@@ -30,22 +31,52 @@ def exchange_bytes(model: ModelConfig, num_ranks: int, max_tokens: int, element_
 
     Every rank has room for all pairs of a step: how many it gets, only its device knows.
     """
-    layout = arena_layout(model, num_ranks, max_tokens, element_bytes)
-    inner_bytes = layout.max_pairs * model.moe_intermediate_size * element_bytes
-    return layout.num_bytes + layout.device_bytes + inner_bytes
+    total = 0
+    for tokens in (max_tokens, half_tokens(max_tokens)):
+        layout = arena_layout(model, num_ranks, tokens, element_bytes)
+        inner_bytes = layout.max_pairs * model.moe_intermediate_size * element_bytes
+        total += layout.num_bytes + layout.device_bytes + inner_bytes
+    return total
 
 
-def open_lane(
+def open_lanes(
     config: WorkerConfig,
     control: Communicator,
     device: torch.device,
     dtype: torch.dtype,
+) -> tuple[PeerLane, PeerLane]:
+    """Open every rank's arenas, one for whole steps and the first of two halves, one for the other.
+
+    All ranks call this at once.
+    """
+    whole = _open(config, control, device, dtype, config.max_num_batched_tokens)
+    half = half_tokens(config.max_num_batched_tokens)
+    return whole, _open(config, control, device, dtype, half, whole.stream)
+
+
+def half_tokens(max_tokens: int) -> int:
+    """Tokens of the larger half of a step."""
+    return -(-max_tokens // 2)
+
+
+def _open(
+    config: WorkerConfig,
+    control: Communicator,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_tokens: int,
+    stream: torch.cuda.Stream | None = None,
 ) -> PeerLane:
-    """Open every rank's arena; all ranks call this at once."""
-    layout = arena_layout(
-        config.model, control.num_ranks, config.max_num_batched_tokens, dtype.itemsize
-    )
+    layout = arena_layout(config.model, control.num_ranks, max_tokens, dtype.itemsize)
     road: Road = "host" if config.peers_on_host else "ipc"
     memory = PeerMemory(control, device, layout.num_bytes, road)
-    num_layers = len(config.model.moe_layers)
-    return PeerLane(layout, memory, control.rank, num_layers, dtype, device, config.timeout_seconds)
+    return PeerLane(
+        layout,
+        memory,
+        control.rank,
+        len(config.model.moe_layers),
+        dtype,
+        device,
+        config.timeout_seconds,
+        stream=stream,
+    )

@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lightmoe.core import Batch, SampledToken, SamplingStep, StepResult
 from lightmoe.layers.attention import KVCache
-from lightmoe.layers.batched_attention import one_kernel
 from lightmoe.models.decoder import Decoder
 from lightmoe.moe.dispatch import ExpertGroup
 from lightmoe.telemetry.trace import span
 from lightmoe.worker.device_sampler import sample_rows, stays_on_device
 from lightmoe.worker.graphs import DecodeGraphs
-from lightmoe.worker.inputs import step_inputs
+from lightmoe.worker.inputs import in_halves, step_inputs
 from lightmoe.worker.sampler import sample
+
+Sampled = tuple[tuple[int, SamplingStep], ...]
+"""Sequences that get a token, and how it is drawn."""
 
 
 class Runner:
@@ -46,18 +49,50 @@ class Runner:
         )
         if graphs is not None and num_rows and graphs.fits(batch.sequences):
             return self._result(batch, self._replay(graphs, batch, num_rows), started)
-        with span("inputs"):
-            inputs = step_inputs(batch.sequences, self._cache, self._decoder.rotary)
-        with one_kernel(self._cache):
-            hidden = self._decoder.forward(inputs.token_ids, inputs.attention)
-        if self._group.peers is not None:
-            self._group.peers.count_pairs()
+        rows, sampled = self._forward(batch)
+        for lane in self._group.lanes:
+            lane.count_pairs()
         tokens: tuple[SampledToken, ...] = ()
-        if inputs.sampled:
+        if sampled:
             with span("sampler"):
-                logits = self._decoder.logits(hidden.index_select(0, inputs.last_rows))
-                tokens = choose(logits, inputs.sampled)
+                tokens = choose(self._decoder.logits(rows), sampled)
         return self._result(batch, tokens, started)
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Sampled]:
+        """The last rows [sampled, D] of the sequences that get a token, and which these are."""
+        decoder = self._decoder
+        if decoder.overlap.cuts_in_two(max(batch.tokens_per_rank)):
+            return self._forward_halves(batch)
+        with span("inputs"):
+            inputs = step_inputs(batch.sequences, self._cache, decoder.rotary)
+        hidden = decoder.forward(inputs.token_ids, inputs.attention)
+        return hidden.index_select(0, inputs.last_rows), inputs.sampled
+
+    def _forward_halves(self, batch: Batch) -> tuple[Tensor, Sampled]:
+        """The same, cut in two on every rank: the exchange of a half behind the other's work."""
+        group, tokens = self._group, batch.tokens_per_rank
+        first = tuple(count // 2 for count in tokens)
+        second = tuple(count - half for count, half in zip(tokens, first, strict=True))
+        with span("inputs"):
+            halves = [
+                step_inputs(sequences, self._cache, self._decoder.rotary)
+                for sequences in in_halves(batch.sequences, first[group.rank])
+            ]
+
+        def begin_half(half: int) -> None:
+            group.tokens_per_rank = (first, second)[half]
+
+        group.in_halves = True
+        try:
+            hidden = self._decoder.forward_halves(
+                [(half.token_ids, half.attention) for half in halves], begin_half
+            )
+        finally:
+            group.in_halves = False
+        rows = [
+            part.index_select(0, half.last_rows) for part, half in zip(hidden, halves, strict=True)
+        ]
+        return torch.cat(rows), (*halves[0].sampled, *halves[1].sampled)
 
     def _replay(
         self, graphs: DecodeGraphs, batch: Batch, num_rows: int
@@ -82,9 +117,9 @@ class Runner:
             return choose(logits, tuple((number, sampling) for _, number, sampling in sampled))
 
     def _result(self, batch: Batch, tokens: tuple[SampledToken, ...], started: float) -> StepResult:
-        if self._group.peers is not None:
-            self._group.layer_pairs += self._group.peers.take_pairs()
-            self._group.peers.check()
+        for lane in self._group.lanes:
+            self._group.layer_pairs += lane.take_pairs()
+            lane.check()
         layer_pairs = self._group.layer_pairs.astype(np.int32)
         self._group.layer_pairs[:] = 0
         return StepResult(
@@ -97,9 +132,7 @@ class Runner:
         )
 
 
-def choose(
-    logits: Tensor, sampled: tuple[tuple[int, SamplingStep], ...]
-) -> tuple[SampledToken, ...]:
+def choose(logits: Tensor, sampled: Sampled) -> tuple[SampledToken, ...]:
     """A token for each row of logits [B, V]: on a GPU there, unless a request asks for more."""
     there = [logits.is_cuda and stays_on_device(step) for _, step in sampled]
     if any(there) and not all(there):

@@ -24,9 +24,10 @@ from lightmoe.moe.dispatch.copy_engine import PeerLane
 from lightmoe.moe.load import LoadCounter
 from lightmoe.moe.skew import RoutingSkew
 from lightmoe.telemetry.rank_recorder import RankRecorder
+from lightmoe.worker.calibrate import choose_overlap
 from lightmoe.worker.config import BLOCK_SIZE, WorkerConfig
 from lightmoe.worker.mover import HostCopy, Mover
-from lightmoe.worker.peers import open_lane
+from lightmoe.worker.peers import open_lanes
 from lightmoe.worker.runner import Runner
 
 
@@ -77,10 +78,10 @@ class Worker:
             self.rank, control.num_ranks, control, self._device, config.timeout_seconds
         )
 
-    def _open_lane(self, dtype: torch.dtype) -> PeerLane | None:
+    def _open_lanes(self, dtype: torch.dtype) -> tuple[PeerLane, PeerLane] | tuple[None, None]:
         if self._communicator is None or self._config.transport != "copy_engine":
-            return None
-        return open_lane(self._config, self._communicator, self._device, dtype)
+            return None, None
+        return open_lanes(self._config, self._communicator, self._device, dtype)
 
     def load(self) -> RankInfo:
         """Read what this rank hosts, make its cache, and say what it has."""
@@ -89,12 +90,14 @@ class Worker:
         if device.type == "cuda" and dtype in HALF_DTYPES:
             library().architecture_of(device)  # its errors before minutes of loading
         model = config.model
+        lanes = self._open_lanes(dtype)
         group = ExpertGroup(
             rank=self.rank,
             placement=config.placement,
             communicator=self._communicator,
             nccl=self._nccl,
-            peers=self._open_lane(dtype),
+            peers=lanes[0],
+            second_peers=lanes[1],
             route=config.route,
             layer_pairs=np.zeros(len(model.moe_layers), dtype=np.int64),
             deterministic=config.deterministic,
@@ -119,6 +122,11 @@ class Worker:
             dtype,
             device,
         )
+        with torch.inference_mode():
+            overlap, why = choose_overlap(
+                decoder, group, config.max_num_batched_tokens, config.overlap
+            )
+        decoder.set_overlap(overlap)
         # What is recorded for a trace of the routing is counted on the host.
         self._runner = Runner(decoder, group, cache, use_graphs=not config.max_recorded_tokens)
         self._group = group
@@ -135,6 +143,7 @@ class Worker:
             weight_bytes=pool.num_bytes + model.dense_elements * pool.blobs.element_size(),
             num_kv_blocks=config.num_kv_blocks,
             pid=os.getpid(),
+            overlap=why,
             expert_bytes=pool.num_bytes // max(len(pool.blobs), 1),
         )
 

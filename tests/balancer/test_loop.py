@@ -107,11 +107,12 @@ def test_skew_leads_to_a_plan_that_comes_into_force_and_says_what_it_brought(
 ) -> None:
     caplog.set_level(logging.INFO, logger="lightmoe.balancer")
     played = new_played()
-    before = max_over_mean(SKEWED, played.placement, "waterfill")
+    before = max_over_mean(SKEWED, played.placement, "waterfill", int(SKEWED[0].sum()))
 
     played.steps_until(lambda: "realised" in caplog.text)
 
-    assert max_over_mean(SKEWED, played.placement, "waterfill") < 0.9 * before
+    after = max_over_mean(SKEWED, played.placement, "waterfill", int(SKEWED[0].sum()))
+    assert after < 0.9 * before
     report = played.balancer.report()
     assert report.error is None
     assert report.num_migrations == 1
@@ -293,6 +294,17 @@ def test_renumbered_slots_are_dense_and_hold_the_same() -> None:
 
     assert np.array_equal(dense.slot_table, slots.slot_table)
     assert dense.epoch == 7
+
+
+def test_small_steps_are_uneven_by_chance_too() -> None:
+    placement = initial_placement(3, 8, 4)
+    level = np.ones((3, 8))
+    few, many = (max_over_mean(level, placement, "none", pairs) for pairs in (8, 8000))
+
+    assert max_over_mean(level, placement, "none") == pytest.approx(1.0)
+    assert 1.0 < many < 1.1 < 1.3 < few
+    assert few == max_over_mean(5 * level, placement, "none", 8)
+    assert max_over_mean(0 * level, placement, "none", 8) == few
 
 
 def test_max_over_mean_is_that_of_the_route() -> None:

@@ -59,11 +59,15 @@ def test_every_compiled_matrix_kernel_is_read(checkout: Path) -> None:
     import instances
 
     for architecture in (75, 80, 90):
-        programs = instances.programs(architecture)
-        names = [program.name for program in programs if program.tile is not None]
+        names = [
+            program.name
+            for program in instances.programs(architecture)
+            if program.tile is not None and program.tile.row_bits == 16  # no sweep in e4m3
+        ]
         read = [
             f"{stem}_{native.DTYPE_NAMES[dtype]}{bits}_{tile.name}_{epilogue}"
             for stem, all_bits in instances.MATRIX_BITS.items()
+            if instances.ROW_BITS[stem] == 16
             for num_bits in all_bits
             for bits in ["" if num_bits == 16 else f"_int{num_bits}"]
             for dtype in (torch.float16, torch.bfloat16)

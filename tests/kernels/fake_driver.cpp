@@ -100,7 +100,7 @@ int cuDeviceGetAttribute(int *value, int attribute, int) {
       *value = capability % 10;
       return 0;
     case 97:
-      *value = (capability >= 90 ? 227 : 64) << 10;
+      *value = (capability >= 90 ? 227 : capability >= 80 ? 99 : 64) << 10;
       return 0;
     default:
       return 1;

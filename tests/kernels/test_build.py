@@ -58,6 +58,8 @@ def test_every_stem_compiles(
     checkout: Path, one_per_stem: dict[str, list[dict]], architecture: str
 ) -> None:
     stems = {path.stem for path in (checkout / "cute_kernels").glob("*.cu")}
+    if architecture != "90":
+        stems -= {"fp8_gemm"}  # older tensor cores have no e4m3
     assert {entry["stem"] for entry in one_per_stem[architecture]} == stems
 
 

@@ -91,7 +91,7 @@ def test_maps_of_weights_and_rows(
 
 @pytest.mark.parametrize("by_channels", [False, True])
 @pytest.mark.parametrize("tile", TILES)
-def test_a_stage_holds_what_is_copied_into_it_and_two_lists_of_scales(
+def test_a_stage_holds_what_is_copied_into_it_and_two_turns_of_scales(
     host_library: Path, fake_driver: Path, kernels: Path, tile: Tile, by_channels: bool
 ) -> None:
     wanted = fp8_product(tile, by_channels=by_channels)
@@ -100,7 +100,8 @@ def test_a_stage_holds_what_is_copied_into_it_and_two_lists_of_scales(
     weights = tile.weight_rows * tile.depth
     assert stage["weights_bytes"] == stage["tokens"] == weights
     assert stage["scales"] == weights + tile.tokens * tile.depth
-    end = stage["scales"] + tile.depth // 128 * 2 * tile.tokens * 4
+    # Of both blocks of weights and of every token, for each 128 of depth, twice.
+    end = stage["scales"] + 2 * (tile.depth // 128) * (2 + tile.tokens) * 4
     assert stage["bytes"] == -(-end // 1024) * 1024
     assert (stage["most_tokens"], stage["num_stages"]) == (tile.tokens, tile.stages)
     assert stage["tokens"] % 1024 == 0, "a swizzled panel"

@@ -21,12 +21,13 @@ REGISTERS = 65536  # of a multiprocessor
 WIDTHS = [8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176]
 PROGRAMS = {
     f"{stem}_{tile.name}_swiglu": tile
-    for num_bits, stem in (
-        (16, "grouped_gemm_bf16"),
-        (8, "quant_gemm_bf16_int8"),
-        (4, "quant_gemm_bf16_int4"),
+    for num_bits, row_bits, stem in (
+        (16, 16, "grouped_gemm_bf16"),
+        (8, 16, "quant_gemm_bf16_int8"),
+        (4, 16, "quant_gemm_bf16_int4"),
+        (8, 8, "fp8_gemm_bf16"),
     )
-    for tile in candidates(90, num_bits)
+    for tile in candidates(90, num_bits, row_bits)
 }
 MUST_HAVE = {"UTMALDG", "LDGSTS", "STSM", "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC"}
 MUST_NOT_HAVE = {"LDL", "STL", "HMMA"}
@@ -76,7 +77,11 @@ def test_the_tensor_cores_are_fed_by_the_copy_engine(
         found = set(re.findall(r"\b(USETMAXREG\.[A-Z_]+|[A-Z]+)\b", code))
         assert found >= MUST_HAVE, (name, MUST_HAVE - found)
         assert found.isdisjoint(MUST_NOT_HAVE), (name, MUST_NOT_HAVE & found)
-        widths = {int(width) for width in re.findall(r"\bHGMMA\.64x(\d+)x16\.F32\.BF16\b", code)}
+        instruction = r"\bHGMMA\.64x(\d+)x16\.F32\.BF16\b"
+        if PROGRAMS[name].row_bits == 8:
+            instruction = r"\bQGMMA\.64x(\d+)x32\.F32\.E4M3\.E4M3\b"
+            assert "HGMMA" not in found, name
+        widths = {int(width) for width in re.findall(instruction, code)}
         assert sorted(widths) == [width for width in WIDTHS if width <= PROGRAMS[name].limit]
 
 
@@ -122,7 +127,7 @@ def test_an_instance_is_given_no_tokens_or_stages_of_a_tile(checkout: Path) -> N
     """They are the launch's: device code that read these macros would serve one tile only."""
     text = "".join(path.read_text() for path in (checkout / "cute_kernels").glob("hopper_*"))
     assert "LIGHT_TILE" not in text
-    for stem in ("grouped_gemm", "quant_gemm"):
+    for stem in ("grouped_gemm", "quant_gemm", "fp8_gemm"):
         source = (checkout / f"cute_kernels/{stem}.cu").read_text()
         (tile,) = re.findall(r"light::HopperTile<[^;]*>;", source)
         assert set(re.findall(r"LIGHT_\w+", tile)).isdisjoint(

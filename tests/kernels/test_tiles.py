@@ -41,6 +41,9 @@ COMPILED = [
     for num_bits in (16, 8, 4)
     for tile in candidates(architecture, num_bits)
 ]
+FP8 = [
+    pytest.param(90, 8, tile, id=f"90-fp8-{tile.name}") for tile in candidates(90, 8, row_bits=8)
+]
 
 
 @st.composite
@@ -210,9 +213,9 @@ def test_rows_are_permuted_where_the_tensor_cores_are_the_bound() -> None:
         assert not permutes_rows(other, choose_tile(other))
 
 
-@pytest.mark.parametrize("num_bits", [16, 8, 4])
-def test_tiles_of_warpgroups_are_as_deep_as_memory_allows(num_bits: int) -> None:
-    for tile in candidates(90, num_bits):
+@pytest.mark.parametrize(("num_bits", "row_bits"), [(16, 16), (8, 16), (4, 16), (8, 8)])
+def test_tiles_of_warpgroups_are_as_deep_as_memory_allows(num_bits: int, row_bits: int) -> None:
+    for tile in candidates(90, num_bits, row_bits):
         deeper = replace(tile, stages=tile.stages + 1)
         ctas_bytes = tile.ctas_per_sm * (deeper.shared_bytes(num_bits) + RESERVED_BYTES[90])
 
@@ -222,6 +225,50 @@ def test_tiles_of_warpgroups_are_as_deep_as_memory_allows(num_bits: int) -> None
         assert tile.weight_rows % (16 * tile.warps_weight) == 0, "64 rows of each"
         assert tile.tokens <= tile.limit
         assert tile.tokens % 16 == 0
+
+
+@st.composite
+def fp8_products(draw: st.DrawFn) -> Product:
+    """Any product of a MoE layer in e4m3, on Hopper."""
+    drawn = draw(products(deterministic=draw(st.booleans())))
+    return replace(drawn, architecture=90, num_bits=8, row_bits=8, half=draw(st.booleans()))
+
+
+@SEARCH
+@given(product=fp8_products(), factor=st.floats(1, 64))
+def test_a_product_in_e4m3_has_one_tile_of_those_that_are_compiled(
+    product: Product, factor: float
+) -> None:
+    tile = choose_tile(product)
+
+    judged = rejections(product)
+    assert [judged_tile for judged_tile, _ in judged] == list(candidates(90, 8, 8))
+    assert [reason for _, reason in judged].count(None) == 1
+    epilogue = "swiglu" if product.swiglu else "plain"
+    dtype = "f16" if product.half else "bf16"
+    assert f"fp8_gemm_{dtype}_{tile.name}_{epilogue}" in compiled_names(90)
+    assert choose_depth_splits(product, tile) == tile.depth_parts == 1
+    assert not permutes_rows(product, tile)
+    more = replace(product, num_pairs=math.ceil(product.num_pairs * factor))
+    assert choose_tile(more).tokens >= tile.tokens
+    same = replace(product, num_features=product.depth, depth=product.num_features, swiglu=False)
+    assert choose_tile(replace(same, tokens_per_tile=tile.tokens)).tokens == tile.tokens
+
+
+@pytest.mark.parametrize("architecture", [75, 80, 86, 89])
+def test_only_hopper_has_tiles_in_e4m3(architecture: int) -> None:
+    assert candidates(architecture, 8, row_bits=8) == ()
+    with pytest.raises(ValueError, match=f"no tile .* on sm_{architecture}"):
+        choose_tile(replace(HOPPER, architecture=architecture, num_bits=8, row_bits=8))
+
+
+def test_every_tile_in_e4m3_is_chosen_for_something() -> None:
+    chosen = {
+        choose_tile(replace(HOPPER, num_pairs=pairs, num_features=features, num_bits=8, row_bits=8))
+        for pairs in (1, 8, 64, 4096)
+        for features in (64, 1024, 8192)
+    }
+    assert chosen == set(candidates(90, 8, row_bits=8))
 
 
 def test_fp16_sums_are_taken_where_they_may() -> None:
@@ -285,20 +332,25 @@ def tile_memory(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return compile_library("tile_memory.cpp", tmp_path_factory.mktemp("tile_memory"))
 
 
-@pytest.mark.parametrize(("architecture", "num_bits", "tile"), COMPILED)
+@pytest.mark.parametrize(("architecture", "num_bits", "tile"), [*COMPILED, *FP8])
 def test_the_formula_of_shared_memory_is_the_kernels(
     tile_memory: ctypes.CDLL, architecture: int, num_bits: int, tile: Tile
 ) -> None:
     fields = (ctypes.c_int * 9)(*tile.fields)
 
-    assert tile.shared_bytes(num_bits) == tile_memory.shared_bytes(fields, num_bits)
+    of_kernel = (
+        tile_memory.fp8_shared_bytes(fields)
+        if tile.row_bits == 8
+        else tile_memory.shared_bytes(fields, num_bits)
+    )
+    assert tile.shared_bytes(num_bits) == of_kernel
 
 
 def test_a_kernel_has_barriers_for_as_many_stages(tile_memory: ctypes.CDLL) -> None:
     assert tile_memory.most_stages() == MOST_STAGES
 
 
-@pytest.mark.parametrize(("architecture", "num_bits", "tile"), COMPILED)
+@pytest.mark.parametrize(("architecture", "num_bits", "tile"), [*COMPILED, *FP8])
 def test_a_multiprocessor_holds_the_ctas_that_the_tile_promises(
     architecture: int, num_bits: int, tile: Tile
 ) -> None:

@@ -20,10 +20,11 @@ PHASE = 8  # lanes that touch shared memory together when each takes 16 bytes
 PANEL_DEPTH = 64
 WIDTHS = [8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176]
 THREADS = np.arange(128)
+FORMATS = [(16, 16), (8, 16), (4, 16), (8, 8)]  # bits of a weight, and of an element of a row
 TILES = [
     pytest.param(tile.weight_rows // 64 // (tile.warps_weight // 4), swiglu, id=f"{name}-{swiglu=}")
-    for num_bits in (16, 8, 4)
-    for name, tile in {tile.name: tile for tile in candidates(90, num_bits)}.items()
+    for num_bits, row_bits in FORMATS
+    for name, tile in {tile.name: tile for tile in candidates(90, num_bits, row_bits)}.items()
     for swiglu in (False, True)
 ]
 
@@ -47,7 +48,7 @@ def fragment(layouts: ctypes.CDLL, width: int, operand: str) -> tuple[np.ndarray
 
 def test_the_widths_are_the_kernels() -> None:
     text = (KERNELS / "hopper_kernel.cuh").read_text()
-    for tokens in {tile.limit for num_bits in (16, 8, 4) for tile in candidates(90, num_bits)}:
+    for tokens in {tile.limit for bits in FORMATS for tile in candidates(90, *bits)}:
         listed = ", ".join(str(width) for width in WIDTHS if width <= tokens)
         assert f"struct MmaWidths<{tokens}> {{\n  using List = cute::int_sequence<{listed}>" in text
 
@@ -57,6 +58,15 @@ def test_a_gathered_panel_is_the_one_that_the_tensor_cores_read(layouts: ctypes.
         for depth in range(PANEL_DEPTH):
             offset = layouts.panel_offset(row, depth // 8) + depth % 8 * 2
             assert offset == 2 * layouts.panel_of_cute(row, depth), (row, depth)
+
+
+def test_a_gathered_panel_in_e4m3_is_the_one_that_the_tensor_cores_read(
+    layouts: ctypes.CDLL,
+) -> None:
+    for row in range(256):
+        for depth in range(2 * PANEL_DEPTH):
+            offset = layouts.panel_offset(row, depth // 16) + depth % 16
+            assert offset == layouts.panel_of_cute_in_bytes(row, depth), (row, depth)
 
 
 def test_rows_are_gathered_without_bank_conflicts(layouts: ctypes.CDLL) -> None:
@@ -96,6 +106,30 @@ def assert_no_conflict(offsets: np.ndarray) -> None:
     first_bank = offsets // BANK_BYTES % NUM_BANKS
     banks = (first_bank[..., None] + np.arange(4)).reshape(-1, NUM_BANKS)
     assert (np.sort(banks, axis=1) == np.arange(NUM_BANKS)).all()
+
+
+@pytest.mark.parametrize("tokens", sorted({tile.tokens for tile in candidates(90, 8, 8)}))
+def test_scales_are_written_and_read_without_bank_conflicts(
+    layouts: ctypes.CDLL, tokens: int
+) -> None:
+    of_token = np.array([layouts.token_scale(token) for token in range(tokens)])
+
+    # Both blocks of weights come first.
+    assert np.array_equal(np.sort(of_token), 8 + 4 * np.arange(tokens))
+    assert layouts.scale_list_bytes(tokens) == 8 + 4 * tokens
+    assert layouts.scale_list_bytes(tokens) % 8 == 0, "the next list begins at two scales' border"
+    # A warp writes one scale a lane.
+    for first in range(0, tokens, 32):
+        banks = of_token[first : first + 32] // BANK_BYTES % NUM_BANKS
+        assert len(set(banks)) == len(banks)
+    # It reads two a lane, of the tokens whose sums the lane has: the same for every four lanes.
+    lane = np.arange(32)
+    for eight in range(0, tokens, 8):
+        both = of_token[eight + lane % 4 * 2][:, None] + np.array([0, BANK_BYTES])
+        assert np.array_equal(both[:, 1], of_token[eight + lane % 4 * 2 + 1])
+        assert (both[:, 0] % 8 == 0).all()
+        words = np.unique(both)
+        assert len(set(words // BANK_BYTES % NUM_BANKS)) == len(words)
 
 
 @pytest.mark.parametrize(("num_blocks", "swiglu"), TILES)

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from lightmoe.errors import UsageError
 from lightmoe.kernels import PairGroups
+from lightmoe.kernels.fp8_gemm import fp8_gemm
 from lightmoe.kernels.grouped_gemm import grouped_gemm
 from lightmoe.kernels.matmul import matmul
 from lightmoe.kernels.quant_gemm import quant_gemm
+from lightmoe.quant.fp8 import Fp8ExpertLayout, Fp8Matrix, Scaling
 from lightmoe.quant.fragments import PackedMatrix
 from lightmoe.quant.packing import QuantizedExpertLayout
 
@@ -112,3 +114,58 @@ def test_quant_gemm_names_what_does_not_fit(changes: dict[str, object], said: st
 
     assert str(raised.value).startswith("quant_gemm: ")
     assert said in str(raised.value)
+
+
+def e4m3(width: int = 272, scaling: Scaling = "block") -> Fp8Matrix:
+    """Gate and up weights [2 x 144, width] of two slots, in one blob each."""
+    layout = Fp8ExpertLayout(width, 144, scaling)
+    return layout.views(torch.zeros(2, layout.num_elements, dtype=torch.uint8))[0]
+
+
+def codes(*shape: int) -> Tensor:
+    return torch.zeros(shape).to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rows": half(5, 272)}, "rows is torch.float16; it needs torch.float8_e4m3fn"),
+        ({"rows": codes(5, 256)}, "rows has size 256 in dimension 1 of [5, 256]; it needs 272"),
+        ({"rows": codes(4, 272)}, "rows has size 4 in dimension 0 of [4, 272]; it needs 5"),
+        (
+            {"rows": codes(5, 264), "experts": e4m3(264)},
+            "rows has size 264 in dimension 1 of [5, 264]; it needs a multiple of 16",
+        ),
+        ({"row_scales": torch.zeros(5, 2)}, "row_scales has size 2 in dimension 1"),
+        ({"row_scales": torch.zeros(5)}, "row_scales has 1 dimensions [5]; it needs 2"),
+        ({"row_scales": half(5, 3)}, "row_scales is torch.float16; it needs torch.float32"),
+        ({"row_scales": torch.zeros(3, 5).t()}, "row_scales has gaps; give .contiguous()"),
+        ({"experts": e4m3(scaling="channel")}, "row_scales has 2 dimensions [5, 3]; it needs 1"),
+        ({"row_index": torch.zeros(5)}, "row_index is torch.float32; it needs torch.int32"),
+        ({"pair_weight": torch.zeros(3)}, "pair_weight has size 3 in dimension 0 of [3]; it needs"),
+        ({"dtype": torch.float64}, "dtype is torch.float64; it needs float16, bfloat16"),
+        ({"dtype": torch.float32}, "dtype is torch.float32; it needs float16, bfloat16"),
+        (
+            {"experts": replace(e4m3(), scales=torch.zeros(2, 4, 3))},
+            "slots of scales are 48 bytes apart, those of codes",
+        ),
+        ({"experts": replace(e4m3(), codes=codes(2, 272, 288).mT)}, "its rows need to follow"),
+        ({"groups": replace(GROUPS, tile_groups=None)}, "groups has no tile table; sort the pairs"),
+        ({}, "rows is on cpu; it needs a CUDA device"),
+    ],
+)
+def test_fp8_gemm_names_what_does_not_fit(changes: dict[str, object], said: str) -> None:
+    arguments = {
+        "rows": codes(5, 272),
+        "row_scales": torch.zeros(5, 3),
+        "experts": e4m3(),
+        "groups": GROUPS,
+        "dtype": HALF,
+    } | changes
+
+    with pytest.raises(UsageError) as raised:
+        fp8_gemm(**arguments)
+
+    assert str(raised.value).startswith("fp8_gemm: ")
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)

@@ -18,7 +18,6 @@ from torch import Tensor
 from lightmoe.core import SequenceStep
 from lightmoe.kernels.library import read_manifest, using
 from lightmoe.layers.attention import AttentionStep, KVCache
-from lightmoe.layers.batched_attention import one_kernel
 from lightmoe.models.checkpoint import read_index
 from lightmoe.models.config import read_config
 from lightmoe.models.decoder import Decoder, Parts, load_experts
@@ -86,8 +85,7 @@ class Loaded:
     def logits(self) -> Tensor:
         """Of all positions [T, V], in one step."""
         inputs = step_inputs(self.sequences, self.cache, self.decoder.rotary)
-        with one_kernel(self.cache):
-            hidden = self.decoder.forward(inputs.token_ids, inputs.attention)
+        hidden = self.decoder.forward(inputs.token_ids, inputs.attention)
         return self.decoder.logits(hidden)
 
 

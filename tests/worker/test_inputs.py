@@ -49,19 +49,32 @@ def test_rows_say_where_each_token_goes_and_who_is_sampled() -> None:
 
 
 @pytest.mark.usefixtures("together")
-def test_prompts_come_first_and_decodes_of_like_length_attend_together() -> None:
+def test_all_sequences_attend_together_in_their_order() -> None:
     prompt = SequenceStep(7, (1, 2, 3), 6, (70, 71), GREEDY)
 
-    found = inputs_of([decode(2, 40), decode(3, 9), prompt, decode(4, 10), decode(5, 33)])
+    found = inputs_of([decode(2, 17), prompt, decode(4, 7)])
 
-    assert [sequence_id for sequence_id, _ in found.sampled] == [7, 3, 4, 2, 5]
-    assert found.token_ids.tolist() == [1, 2, 3, 103, 104, 102, 105]
-    assert found.last_rows.tolist() == [2, 3, 4, 5, 6]
+    assert [sequence_id for sequence_id, _ in found.sampled] == [2, 7, 4]
+    assert found.token_ids.tolist() == [102, 1, 2, 3, 104]
+    assert found.last_rows.tolist() == [0, 3, 4]
     attend = found.attention.attend
     assert isinstance(attend, AttendTogether)
-    shapes = [tuple(group.bias.shape) for group in attend.groups]
-    assert shapes == [(1, 1, 3, 16), (2, 1, 1, 16), (2, 1, 1, 48)]
-    assert [group.tokens for group in attend.groups] == [slice(0, 3), slice(3, 5), slice(5, 7)]
+    assert attend.query_starts.tolist() == [0, 1, 4, 5]
+    assert attend.lengths.tolist() == [18, 9, 8]
+    assert attend.block_tables.tolist() == [[20, 21, 22], [70, 71, 0], [40, 0, 0]]
+    tables = (attend.query_starts, attend.lengths, attend.block_tables)
+    assert {table.dtype for table in tables} == {torch.int32}
+    assert attend.max_queries == 3
+
+
+@pytest.mark.usefixtures("together")
+def test_no_sequences_attend_to_nothing() -> None:
+    attend = inputs_of([]).attention.attend
+
+    assert isinstance(attend, AttendTogether)
+    assert attend.block_tables.shape == (0, 0)
+    pages = torch.zeros(1, BLOCK_SIZE, 1, 4)
+    assert attend(torch.zeros(0, 2, 4), pages, pages).shape == (0, 2, 4)
 
 
 def test_no_sequences_make_empty_inputs() -> None:

@@ -110,11 +110,11 @@ class ExpertGroup:
 
     `tokens_per_rank` is set by the runner before each step: the engine knows it, so no exchange is
     needed for it. `num_real` int32 [1] is how many of this rank's rows are tokens, where they are
-    padded; None: all of them. `communicator` is None for a rank alone; `nccl` is for what is on
-    GPUs. `layer_pairs` [L] counts pairs computed here since it was last taken. Without
-    `deterministic` the routing weights may be applied before the results travel. `bytes_sent` [W]
-    is what this rank sent to each in a step that is traced, rows and results; None where no
-    transport counts it.
+    padded; None: all of them. `in_halves` while a step runs as two, on `peers` and `second_peers`.
+    `communicator` is None for a rank alone; `nccl` is for what is on GPUs. `layer_pairs` [L]
+    counts pairs computed here since it was last taken. Without `deterministic` the routing weights
+    may be applied before the results travel. `bytes_sent` [W] is what this rank sent to each in a
+    step that is traced, rows and results; None where no transport counts it.
     """
 
     rank: int
@@ -127,8 +127,15 @@ class ExpertGroup:
     num_real: Tensor | None = None
     nccl: Exchanger | None = None
     peers: PeerLane | None = None
+    second_peers: PeerLane | None = None
+    in_halves: bool = False
     bytes_sent: np.ndarray | None = None
     _tables: PlacementTables | None = field(default=None, init=False, repr=False)
+
+    @property
+    def lanes(self) -> tuple[PeerLane, ...]:
+        """This rank's ends of the arenas that it has joined."""
+        return tuple(lane for lane in (self.peers, self.second_peers) if lane is not None)
 
     def count_sent(self, num_rows: Sequence[int], rows: Tensor) -> None:
         """While a trace is recorded: `num_rows` [W] of the rows [N, D] go to each rank."""

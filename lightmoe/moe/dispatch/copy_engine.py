@@ -12,7 +12,6 @@ pulls, and it computes results again once everyone has announced the next layer'
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +21,15 @@ from torch import Tensor
 from lightmoe import kernels
 from lightmoe.distributed.peers import PeerMemory
 from lightmoe.errors import RankError, UsageError
-from lightmoe.kernels.exchange import COUNTED_PAIRS, MAX_RANKS, MAX_TOKENS, Flags, Places
+from lightmoe.kernels.exchange import (
+    COUNTED_PAIRS,
+    MAX_RANKS,
+    MAX_TOKENS,
+    Chunk,
+    Flags,
+    Places,
+    RowBlock,
+)
 from lightmoe.kernels.library import address, library
 from lightmoe.moe.dispatch.base import (
     Dispatcher,
@@ -41,7 +48,11 @@ _ANY_TILE = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArenaLayout:
-    """What lies where in every rank's arena; `max_tokens` is what one rank runs in a step."""
+    """What lies where in every rank's arena; `max_tokens` is what one rank runs in a step.
+
+    With `summed` ranks give one weighted sum a token (summing.py), with `as_int8` that and the
+    hidden states as int8.
+    """
 
     num_ranks: int
     max_tokens: int
@@ -49,12 +60,20 @@ class ArenaLayout:
     num_experts_per_token: int
     width: int
     element_bytes: int
+    summed: bool = False
+    as_int8: bool = False
 
     def __post_init__(self) -> None:
         if self.num_ranks > MAX_RANKS or self.max_tokens >= MAX_TOKENS:
             raise UsageError(
                 f"{self.num_ranks} ranks of {self.max_tokens} tokens a step; transport copy_engine"
                 f" takes at most {MAX_RANKS} of fewer than {MAX_TOKENS}; use --transport nccl"
+            )
+        if self.as_int8 and (self.element_bytes != 2 or self.width % 16 or not self.summed):
+            raise UsageError(
+                f"payload int8 for rows of {self.width} numbers of {self.element_bytes} bytes,"
+                f" summed {self.summed}; it takes a multiple of 16 of 2 bytes, and sums;"
+                " use --payload full"
             )
 
     @property
@@ -71,15 +90,30 @@ class ArenaLayout:
     def sizes(self) -> dict[str, int]:
         """Bytes of each part, in order."""
         prefixes = MAX_CHUNKS * self.num_ranks * (self.num_experts + 1)
-        row_bytes = self.width * self.element_bytes
+        choices = self.num_ranks * self.choice_stride
         return {
             "choice_flags": 4 * MAX_RANKS,
             "pair_flags": 4 * MAX_RANKS,
-            "choices": 4 * self.num_ranks * self.choice_stride,
+            "choices": 4 * choices,
             "prefixes": 4 * prefixes,
-            "hidden": self.max_tokens * row_bytes,
-            "pairs": self.max_pairs * row_bytes,
+            "weights": 4 * choices if self.summed else 0,
+            "hidden": self.block.num_bytes,
+            "pairs": self.num_ranks * self.block.num_bytes if self.summed else self._pair_bytes,
         }
+
+    @property
+    def block(self) -> RowBlock:
+        """The hidden states of a rank, or the sums that a rank has for another's tokens."""
+        return RowBlock(self.max_tokens, self.width, self.element_bytes, self.as_int8)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row that does not travel."""
+        return self.width * self.element_bytes
+
+    @property
+    def _pair_bytes(self) -> int:
+        return self.max_pairs * self.row_bytes
 
     @property
     def offsets(self) -> dict[str, int]:
@@ -94,8 +128,8 @@ class ArenaLayout:
 
     @property
     def device_bytes(self) -> int:
-        """What a rank needs beside its arena: the pulled rows, and its products' inputs."""
-        return self.sizes["pairs"]
+        """What a rank needs beside its arena: the pulled rows; to sum, results and weights."""
+        return 2 * self._pair_bytes + 4 * self.max_pairs if self.summed else self._pair_bytes
 
 
 class PeerLane:
@@ -114,12 +148,13 @@ class PeerLane:
         device: torch.device,
         timeout_seconds: float,
         exchange_ctas: int = 16,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         self.layout = layout
         self.exchange_ctas = exchange_ctas
         self.rank = rank
         self.memory = memory
-        self.stream = torch.cuda.Stream(device, priority=-1)
+        self.stream = stream or torch.cuda.Stream(device, priority=-1)
         self._pairs_computed = torch.zeros(num_layers, dtype=torch.int32, device=device)
         self._noted: list[tuple[int, Tensor]] = []
         self._timeout_seconds = timeout_seconds
@@ -131,19 +166,33 @@ class PeerLane:
         self._pair_flags = self._flags("pair_flags", counters[1:])
         self._on_card = memory.road == "ipc"
         here = memory.arena
-        self._arena_hidden = _view(here, at["hidden"], (layout.max_tokens, layout.width), dtype)
-        shape = (layout.max_pairs, layout.width)
-        self.pairs = _view(here, at["pairs"], shape, dtype)
-        choices = _view(here, at["choices"], (layout.num_ranks, layout.choice_stride), torch.int32)
+        choice_shape = (layout.num_ranks, layout.choice_stride)
+        choices = view_arena(here, at["choices"], choice_shape, torch.int32)
         prefix_shape = (MAX_CHUNKS, layout.num_ranks, layout.num_experts + 1)
-        prefixes = _view(here, at["prefixes"], prefix_shape, torch.int32)
+        prefixes = view_arena(here, at["prefixes"], prefix_shape, torch.int32)
         self._arena_choices, self._arena_prefixes = choices, prefixes
+        shape = (layout.max_pairs, layout.width)
         self.rows = torch.empty(shape, dtype=dtype, device=device)
+        self.pairs = self._open_pairs()
         if not self._on_card:
-            self.pairs = torch.empty_like(self.rows)
             choices, prefixes = choices.to(device), prefixes.to(device)
         self.choices, self.prefixes = choices, prefixes
-        self._hidden: Tensor | None = None
+        self._hidden_address = 0
+        self._sent: Tensor | None = None
+
+    def _open_pairs(self) -> Tensor:
+        """Room for the experts' results [P, D]: in the arena, if that is on the card."""
+        layout = self.layout
+        if not self._on_card:
+            return torch.empty_like(self.rows)
+        shape = (layout.max_pairs, layout.width)
+        return view_arena(self.memory.arena, layout.offsets["pairs"], shape, self.rows.dtype)
+
+    @property
+    def _arena_hidden(self) -> Tensor:
+        layout = self.layout
+        shape = (layout.max_tokens, layout.width)
+        return view_arena(self.memory.arena, layout.offsets["hidden"], shape, self.rows.dtype)
 
     def _flags(self, name: str, counter: Tensor) -> Flags:
         return Flags(
@@ -159,6 +208,7 @@ class PeerLane:
         self,
         hidden: Tensor,
         experts: Tensor,
+        weights: Tensor,
         num_tokens: int,
         num_chunks: int,
         pair_index: Tensor | None,
@@ -167,44 +217,78 @@ class PeerLane:
     ) -> None:
         """Let all ranks see this rank's hidden states and choices, and have everyone's choices."""
         layout, at = self.layout, self.layout.offsets
-        self._hidden = self._arena_hidden if self._on_card else hidden
-        if not self._on_card:
-            # The card's copy engine carries them: a kernel would wait for the bus.
-            self._arena_hidden[: len(hidden)].copy_(hidden, non_blocking=True)
+        hidden_to_copy = self._publish(hidden)
         self._choice_flags.share(
             experts,
             pair_index,
             prefixes,
             num_real,
-            hidden if self._on_card else None,
-            address(self._arena_hidden),
+            weights if layout.summed else None,
+            hidden_to_copy,
+            self._addresses("hidden", 0)[self.rank],
             self._ticket,
             num_tokens=num_tokens,
             num_experts=layout.num_experts,
             choice_offset=at["choices"] + 4 * self.rank * layout.choice_stride,
             prefix_offset=at["prefixes"] + 4 * self.rank * (layout.num_experts + 1),
+            weight_offset=at["weights"] + 4 * self.rank * layout.choice_stride,
         )
+        self._have_shared(num_chunks)
+
+    def _have_shared(self, num_chunks: int) -> None:
+        """Have what all ranks shared where kernels look it up for every pair: on the card."""
         if not self._on_card:
-            # Looked up for every pair: from the card's own memory.
             self.choices.copy_(self._arena_choices, non_blocking=True)
             self.prefixes[:num_chunks].copy_(self._arena_prefixes[:num_chunks], non_blocking=True)
 
+    def _publish(self, hidden: Tensor) -> Tensor | None:
+        """Begin to put hidden states where others read them; returned if that is to be done yet."""
+        if self._on_card:
+            self._hidden_address = address(self._arena_hidden)
+            return hidden
+        self._hidden_address = address(hidden)
+        # The card's copy engine carries them: a kernel would wait for the bus.
+        self._arena_hidden[: len(hidden)].copy_(hidden, non_blocking=True)
+        return None
+
     def pull(self, receipt: PeerReceipt, rows: Tensor, max_ctas: int) -> None:
-        """Fill the rows [P, D] of the chunk's pairs."""
-        assert self._hidden is not None, "share before dispatch"
+        """Fill the rows [P, D] of the chunk's pairs, and their weights if the experts need them."""
         addresses = self._addresses("hidden", 0)
-        addresses[self.rank] = self._hidden.data_ptr()
-        receipt.places.pull(
+        addresses[self.rank] = self._hidden_address
+        receipt.chunk.pull(
             rows,
             addresses,
-            receipt.spans,
-            address(self.choices),
-            self.layout.choice_stride,
-            rank=self.rank,
-            num_experts_per_token=self.layout.num_experts_per_token,
+            block=self.layout.block,
             on_cards=self._on_card,
+            weights=self.shared_weights,
+            pair_weight=receipt.pair_weight,
             max_ctas=max_ctas,
         )
+        if self._sent is not None:
+            receipt.chunk.count(self._sent, summed=self.layout.summed)
+
+    @property
+    def shared_weights(self) -> Tensor | None:
+        """The routing weights of all ranks, fp32 [W, S], where the experts apply them."""
+        return None
+
+    def pair_weight_of(self, first_pair: int, num_pairs: int) -> Tensor | None:
+        """Where the weights [P] of a chunk's pairs come to lie; None: combine applies them."""
+        return None
+
+    def count_sent(self) -> None:
+        """Count from now on what this rank sends: a small kernel more a chunk."""
+        shape = (2, self.layout.num_ranks)
+        self._sent = torch.zeros(shape, dtype=torch.int64, device=self.rows.device)
+
+    def take_bytes_sent(self) -> np.ndarray | None:
+        """Bytes of rows and results for each rank [W] since last asked; None: not counted."""
+        if self._sent is None:
+            return None
+        sent: np.ndarray = self._sent.sum(0).cpu().numpy() * self.layout.block.bytes_on_link
+        self._sent.zero_()
+        sent[self.rank] = 0  # what stays does not travel
+        return sent
 
     def combine(self, receipt: PeerReceipt, weights: Tensor, output: Tensor, max_ctas: int) -> None:
         """Announce this rank's results, wait for everyone's, and add up its tokens' own."""
@@ -212,10 +296,10 @@ class PeerLane:
         if not self._on_card:
             self._upload(receipt, max_ctas)
         self._pair_flags.meet()
-        row_bytes = self.layout.width * self.layout.element_bytes
+        row_bytes = self.layout.row_bytes
         addresses = self._addresses("pairs", first * row_bytes)
         addresses[self.rank] = self.pairs[first:].data_ptr()
-        receipt.places.combine(
+        receipt.chunk.places.combine(
             output,
             addresses,
             address(self.choices[self.rank]),
@@ -223,6 +307,7 @@ class PeerLane:
             receipt.tokens.start,
             rank=self.rank,
             on_cards=self._on_card,
+            block=self.layout.block,
             max_ctas=max_ctas,
         )
 
@@ -231,7 +316,7 @@ class PeerLane:
         output = self.pairs_of(receipt)
         if not len(output):
             return
-        row_bytes = self.layout.width * self.layout.element_bytes
+        row_bytes = self.layout.row_bytes
         library().launch(
             "permute",
             output.device,
@@ -286,14 +371,13 @@ class PeerLane:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerReceipt(Receipt):
-    """Which tokens of each rank the chunk has, where their pairs go, and where results lie.
+    """Which tokens of each rank the chunk has and where their pairs go, and where results lie.
 
     The first dispatch and the last combine have the device to themselves: 0 thread blocks bound
     them.
     """
 
-    spans: Sequence[slice]
-    places: Places
+    chunk: Chunk
     first_pair: int
     dispatch_ctas: int = 0
     combine_ctas: int = 0
@@ -333,7 +417,14 @@ class CopyEngineDispatcher(Dispatcher):
             assert len(experts) == num_tokens, "only small steps are padded"
             prefixes, pair_index = self._sort(experts, num_chunks)
         self._lane.share(
-            self._hidden, experts, num_tokens, num_chunks, pair_index, prefixes, group.num_real
+            self._hidden,
+            experts,
+            choice.weights,
+            num_tokens,
+            num_chunks,
+            pair_index,
+            prefixes,
+            group.num_real,
         )
         return [
             self._receipt(chunk, num_chunks, len(experts) - num_tokens)
@@ -369,15 +460,22 @@ class CopyEngineDispatcher(Dispatcher):
             rank=group.rank,
         )
         lane.note_pairs(self._layer, split.groups.offsets[-1:])
+        first_pair = sum(span.start for span in spans) * per_token
         return PeerReceipt(
             tokens=slice(spans[group.rank].start, spans[group.rank].stop + padding),
             groups=split.groups,
             expected=expected,
-            spans=spans,
-            places=Places(split.segments, self._tables.copy_ranks[self._layer]),
-            first_pair=sum(span.start for span in spans) * per_token,
-            dispatch_ctas=lane.exchange_ctas if chunk else 0,
-            combine_ctas=lane.exchange_ctas if chunk + 1 < num_chunks else 0,
+            pair_weight=lane.pair_weight_of(first_pair, split.groups.num_pairs),
+            chunk=Chunk(
+                spans,
+                Places(split.segments, self._tables.copy_ranks[self._layer]),
+                lane.choices,
+                group.rank,
+                per_token,
+            ),
+            first_pair=first_pair,
+            dispatch_ctas=lane.exchange_ctas if chunk or group.in_halves else 0,
+            combine_ctas=lane.exchange_ctas if chunk + 1 < num_chunks or group.in_halves else 0,
         )
 
     def dispatch(self, hidden: Tensor, receipt: Receipt) -> Tensor:
@@ -393,7 +491,7 @@ class CopyEngineDispatcher(Dispatcher):
         return self._lane.pairs_of(receipt)
 
     def combine(self, pairs: Tensor, weights: Tensor, receipt: Receipt) -> Tensor:
-        """The sum of each token's results, in ascending k, read where they were computed."""
+        """The sum of each token's results, read where they were computed."""
         assert isinstance(receipt, PeerReceipt)
         num_tokens = receipt.tokens.stop - receipt.tokens.start
         output = pairs.new_empty(num_tokens, pairs.shape[1])
@@ -401,6 +499,7 @@ class CopyEngineDispatcher(Dispatcher):
         return output
 
 
-def _view(arena: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def view_arena(arena: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A part of an arena as a tensor."""
     num_bytes = torch.Size(shape).numel() * torch.empty((), dtype=dtype).element_size()
     return arena[offset : offset + num_bytes].view(dtype).view(shape)

@@ -17,4 +17,10 @@ extern "C" int shared_bytes(const light_tile *tile, int num_bits) {
                      : light::tile_shared_bytes(*tile, num_bits);
 }
 
+// Of a CTA on warpgroups with weights and rows in e4m3.
+extern "C" int fp8_shared_bytes(const light_tile *tile) {
+  return tile->stages * light::fp8_stage(tile->weight_rows, tile->tokens, tile->depth).bytes +
+         light::kHopperTailBytes;
+}
+
 extern "C" int most_stages() { return light::kMostStages; }

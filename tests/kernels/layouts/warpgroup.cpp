@@ -9,7 +9,8 @@
 
 namespace {
 
-using Panel = cute::GMMA::Layout_K_SW128_Atom<std::uint16_t>;
+template <class Element>
+using Panel = cute::GMMA::Layout_K_SW128_Atom<Element>;
 
 // Index of each (thread, value) of an operand, column-major; returns the values of a thread.
 template <class Layout>
@@ -38,11 +39,22 @@ extern "C" {
 
 // Elements from the panel's start to (row, depth), as the tensor cores read a panel of many rows.
 int panel_of_cute(int row, int depth) {
-  const auto panel = cute::tile_to_shape(Panel{}, cute::Shape<cute::Int<256>, cute::_64>{});
+  const auto panel =
+      cute::tile_to_shape(Panel<std::uint16_t>{}, cute::Shape<cute::Int<256>, cute::_64>{});
+  return cute::as_position_independent_swizzle_layout(panel)(row, depth);
+}
+
+int panel_of_cute_in_bytes(int row, int depth) {
+  const auto panel =
+      cute::tile_to_shape(Panel<std::uint8_t>{}, cute::Shape<cute::Int<256>, cute::_128>{});
   return cute::as_position_independent_swizzle_layout(panel)(row, depth);
 }
 
 int panel_offset(int row, int chunk) { return light::panel_offset(row, chunk); }
+
+int token_scale(int token) { return light::token_scale(token); }
+
+int scale_list_bytes(int tokens) { return light::scale_list_bytes(tokens); }
 
 int output_offset(int row_chunks, int token, int chunk) {
   switch (row_chunks) {

@@ -1,0 +1,89 @@
+"""copy_engine with fewer bytes on the links, for answers that may depend on the placement.
+
+The ranks share their routing weights, too. A rank applies them in its experts' second product, adds
+up what it has for each token, and others read one sum a (token, rank), not one result a pair.
+As int8 hidden states and sums travel as codes with one scale a row. So do a rank's own, which it
+reads from its own memory: a row is the same wherever its token's experts lie.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightmoe.kernels.exchange import publish_int8
+from lightmoe.kernels.library import address
+from lightmoe.moe.dispatch.copy_engine import PeerLane, PeerReceipt, view_arena
+
+
+class SummingLane(PeerLane):
+    """One rank's end of the arenas where ranks give sums, not results."""
+
+    def _open_pairs(self) -> Tensor:
+        """Results stay here; and here is what a rank gives itself, if the arena is the host's."""
+        layout, device = self.layout, self.rows.device
+        self._pair_weight = torch.empty(layout.max_pairs, dtype=torch.float32, device=device)
+        shape, begin = (layout.num_ranks, layout.choice_stride), layout.offsets["weights"]
+        self._arena_weights = view_arena(self.memory.arena, begin, shape, torch.float32)
+        self._weights = self._arena_weights.to(device)  # the same, where that is on the card
+        own_bytes = 0 if self._on_card else layout.block.num_bytes
+        self._own_hidden = torch.empty(own_bytes, dtype=torch.uint8, device=device)
+        self._own_sums = torch.empty_like(self._own_hidden)
+        return torch.empty_like(self.rows)
+
+    @property
+    def shared_weights(self) -> Tensor:
+        """The routing weights of all ranks, fp32 [W, S]."""
+        return self._weights
+
+    def pair_weight_of(self, first_pair: int, num_pairs: int) -> Tensor:
+        """Where the weights [P] of a chunk's pairs come to lie."""
+        return self._pair_weight[first_pair:][:num_pairs]
+
+    def _publish(self, hidden: Tensor) -> Tensor | None:
+        """Begin to put hidden states where others read them; returned if that is to be done yet."""
+        block = self.layout.block
+        if not block.as_int8:
+            return super()._publish(hidden)
+        there = self._addresses("hidden", 0)[self.rank]
+        if self._on_card:
+            self._hidden_address = there
+            publish_int8(hidden, there, block)
+            return None
+        self._hidden_address = address(self._own_hidden)
+        publish_int8(hidden, self._hidden_address, block)
+        begin = self.layout.offsets["hidden"]
+        for first, row_bytes in ((0, block.row_bytes), (block.scale_offset, 4)):
+            part = slice(first, first + len(hidden) * row_bytes)
+            arena = self.memory.arena[begin:][part]
+            arena.copy_(self._own_hidden[part], non_blocking=True)
+        return None
+
+    def _have_shared(self, num_chunks: int) -> None:
+        super()._have_shared(num_chunks)
+        if not self._on_card:
+            self._weights.copy_(self._arena_weights, non_blocking=True)
+
+    def combine(self, receipt: PeerReceipt, weights: Tensor, output: Tensor, max_ctas: int) -> None:
+        """Sum what is here for each token, wait for everyone's, and add up its tokens' own."""
+        block = self.layout.block
+        mine = self._addresses("pairs", 0)[self.rank]
+        sums = [mine + source * block.num_bytes for source in range(self.layout.num_ranks)]
+        if not self._on_card:
+            sums[self.rank] = address(self._own_sums)
+        receipt.chunk.sum(self.pairs_of(receipt), sums, block=block, max_ctas=max_ctas)
+        self._pair_flags.meet()
+        addresses = self._addresses("pairs", self.rank * block.num_bytes)
+        addresses[self.rank] = sums[self.rank]
+        receipt.chunk.places.combine(
+            output,
+            addresses,
+            address(self.choices[self.rank]),
+            weights,
+            receipt.tokens.start,
+            rank=self.rank,
+            on_cards=self._on_card,
+            block=block,
+            summed=True,
+            max_ctas=max_ctas,
+        )

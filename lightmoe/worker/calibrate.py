@@ -1,0 +1,183 @@
+"""Whether and how a rank's layers overlap: its stages are timed once, at the start, on all ranks.
+
+Every rank reckons with the times of the slowest, so all come to the same answer.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from lightmoe.distributed.peers import gather_bytes
+from lightmoe.models.decoder import Decoder
+from lightmoe.moe.dispatch import ExpertGroup
+from lightmoe.moe.dispatch.copy_engine import CopyEngineDispatcher, PeerLane
+from lightmoe.moe.layer import MoELayer
+from lightmoe.moe.overlap_model import (
+    MARGIN,
+    LayerCosts,
+    Overlap,
+    choose_chunks,
+    fit,
+    pipeline_seconds,
+)
+
+FEWEST_TOKENS = 256
+"""Steps below it are not cut: their stages are launches."""
+
+_NUM_SAMPLES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Fitted costs of one layer's stages alone, and beside each other, each with its share."""
+
+    alone: LayerCosts
+    beside: LayerCosts
+
+
+def choose_overlap(
+    decoder: Decoder,
+    group: ExpertGroup,
+    max_tokens: int,
+    wanted: Literal["auto", "off", "halves"],
+) -> tuple[Overlap, str]:
+    """How the layers of this rank overlap, and why in one line; the same on every rank."""
+    if group.communicator is None:
+        return Overlap(), ""
+    if wanted == "off":
+        return Overlap(), "no overlap, as asked"
+    if wanted == "halves":
+        expert_ctas = None if group.peers is None else _expert_ctas(group.peers)
+        return Overlap(halves_from=2, expert_ctas=expert_ctas), "two halves, as asked"
+    lane, control = group.peers, group.communicator
+    if lane is None or control is None:
+        return Overlap(), "no overlap: this transport waits for the host"
+    if max_tokens < 2 * FEWEST_TOKENS:
+        return Overlap(), f"no overlap: steps have up to {max_tokens} tokens a rank"
+    expert_ctas = _expert_ctas(lane)
+    layer = decoder.moe_layers[0]
+    stages = _time_stages(layer, group, lane, max_tokens, expert_ctas)
+    return decide(stages, max_tokens, expert_ctas)
+
+
+def _expert_ctas(lane: PeerLane) -> int:
+    """Multiprocessors that the exchange leaves to the experts."""
+    device = lane.rows.device
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(num_sms // 2, num_sms - lane.exchange_ctas)
+
+
+def decide(stages: Stages, max_tokens: int, expert_ctas: int) -> tuple[Overlap, str]:
+    """Two halves where they save time, else chunks of one layer, else neither."""
+    sizes = [size for size in _doublings(max_tokens) if size >= FEWEST_TOKENS]
+    serial = {size: pipeline_seconds(stages.alone, size, 1) for size in sizes}
+    saving = [size for size in sizes if _halves_seconds(stages, size) < _limit(serial[size])]
+    times = f"{max_tokens} tokens a rank: {_ms(serial[max_tokens])} a layer in turn"
+    if max_tokens in saving:
+        halves = _ms(_halves_seconds(stages, max_tokens))
+        reason = f"two halves from {min(saving)} tokens a rank ({times}, {halves} in halves)"
+        return Overlap(halves_from=min(saving), expert_ctas=expert_ctas), reason
+    choice = choose_chunks(stages.beside, max_tokens)
+    if choice.num_chunks > 1 and choice.predicted_seconds < _limit(serial[max_tokens]):
+        reason = f"chunks ({times}, {_ms(choice.predicted_seconds)} in {choice.num_chunks} chunks)"
+        costs = stages.beside
+        return Overlap(num_chunks=None, costs=costs, expert_ctas=expert_ctas), reason
+    return Overlap(), f"no overlap ({times}; it would not save {MARGIN:.0%})"
+
+
+def _limit(seconds: float) -> float:
+    return (1 - MARGIN) * seconds
+
+
+def _halves_seconds(stages: Stages, num_tokens: int) -> float:
+    """Time of a layer in two halves: the longer of what computes and what exchanges."""
+    costs, half = stages.beside, num_tokens // 2
+    computing = costs.experts.seconds(half)
+    exchanging = (
+        costs.gate.seconds(half) + costs.dispatch.seconds(half) + costs.combine.seconds(half)
+    )
+    return 2 * max(computing, exchanging)
+
+
+def _doublings(largest: int) -> list[int]:
+    sizes = [largest]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+    return sizes[::-1]
+
+
+def _time_stages(
+    layer: MoELayer, group: ExpertGroup, lane: PeerLane, max_tokens: int, expert_ctas: int
+) -> Stages:
+    sizes = (FEWEST_TOKENS, max_tokens)
+    before = group.tokens_per_rank
+    try:
+        alone = [_time(layer, group, lane, size, None) for size in sizes]
+        group.in_halves = True
+        beside = [_time(layer, group, lane, size, expert_ctas) for size in sizes]
+    finally:
+        group.in_halves, group.tokens_per_rank = False, before
+    return Stages(_fit(sizes, alone), _fit(sizes, beside))
+
+
+def _fit(sizes: Sequence[int], times: Sequence[Sequence[float]]) -> LayerCosts:
+    gate, dispatch, experts, combine = (
+        fit(list(zip(sizes, stage, strict=True))) for stage in zip(*times, strict=True)
+    )
+    return LayerCosts(dispatch=dispatch, experts=experts, combine=combine, gate=gate)
+
+
+def _time(
+    layer: MoELayer, group: ExpertGroup, lane: PeerLane, num_tokens: int, max_ctas: int | None
+) -> list[float]:
+    """Seconds of gate with the choice's exchange, dispatch, experts and combine: the slowest's."""
+    dispatcher, control = layer.dispatcher, group.communicator
+    assert isinstance(dispatcher, CopyEngineDispatcher)
+    assert control is not None
+    group.tokens_per_rank = (num_tokens,) * control.num_ranks
+    generator = torch.Generator(lane.rows.device).manual_seed(group.rank)
+    shape = (num_tokens, lane.rows.shape[1])
+    hidden = torch.randn(shape, generator=generator, dtype=lane.rows.dtype, device=lane.rows.device)
+    samples = []
+    for _ in range(_NUM_SAMPLES + 1):
+        samples.append(_sample(layer, dispatcher, hidden, max_ctas))
+        lane.check()
+    mine = np.array([statistics.median(stage) for stage in zip(*samples[1:], strict=True)])
+    everyone = gather_bytes(control, mine.tobytes())
+    slowest: list[float] = np.max([np.frombuffer(part) for part in everyone], axis=0).tolist()
+    return slowest
+
+
+def _sample(
+    layer: MoELayer,
+    dispatcher: CopyEngineDispatcher,
+    hidden: torch.Tensor,
+    max_ctas: int | None,
+) -> list[float]:
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(5)]
+
+    marks[0].record()
+    dispatcher.publish(hidden)
+    choice = layer.gate(hidden, dispatcher.pair_sort)
+    (receipt,) = dispatcher.route(choice, 1)
+    marks[1].record()
+    rows = dispatcher.dispatch(hidden, receipt)
+    marks[2].record()
+    output = dispatcher.output_of(receipt)
+    pairs = layer.experts(rows, receipt, output=output, max_ctas=max_ctas)
+    marks[3].record()
+    dispatcher.combine(pairs, choice.weights, receipt)
+    marks[4].record()
+    marks[4].synchronize()
+    pairs_of_marks = zip(marks, marks[1:], strict=False)
+    return [begin.elapsed_time(end) / 1e3 for begin, end in pairs_of_marks]
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms"

@@ -1,0 +1,90 @@
+"""Steps that run as two halves: the same logits, counts and cache as whole ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lightmoe.core import Batch, SamplingStep, SequenceStep
+from lightmoe.moe.overlap_model import LayerCosts, Overlap, StageCost
+from lightmoe.worker.calibrate import Stages, decide
+from lightmoe.worker.config import BLOCK_SIZE
+from lightmoe.worker.inputs import in_halves
+from lightmoe.worker.local_group import LocalWorkerGroup
+from tests.models.folders import write_model
+from tests.worker.groups import new_config, recorded_logits
+
+GREEDY = SamplingStep(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0, position=0)
+PROMPTS = [tuple((7 * one + 3 * place) % 50 for place in range(5 + 8 * one)) for one in range(5)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("tiny"), eos_token_id=None)
+
+
+def prompts_of(numbers: list[int]) -> tuple[SequenceStep, ...]:
+    steps = []
+    for one in numbers:
+        first = 4 * one
+        blocks = tuple(range(first, first - (-len(PROMPTS[one]) // BLOCK_SIZE)))
+        steps.append(SequenceStep(one, PROMPTS[one], 0, blocks, GREEDY))
+    return tuple(steps)
+
+
+def logits_of(folder: Path, split: list[list[int]], overlap: str) -> dict[int, np.ndarray]:
+    """Logits of every prompt, and counts that were checked."""
+    config = new_config(folder, len(split), max_num_seqs=16)
+    group = LocalWorkerGroup(replace(config, overlap=overlap))
+    sizes = tuple(sum(len(PROMPTS[one]) for one in numbers) for numbers in split)
+    with recorded_logits() as recorder:
+        results = group.step([Batch(0, sizes, prompts_of(numbers)) for numbers in split])
+    group.close()
+    num_pairs = 2 * sum(sizes)
+    assert (sum(result.expert_tokens for result in results).sum(axis=1) == num_pairs).all()
+    assert (sum(result.layer_pairs for result in results) == num_pairs).all()
+    return {number: logits for (number, _), logits in recorder.logits.items()}
+
+
+@pytest.mark.parametrize("split", [[[3, 0], [], [4, 2, 1]], [[0], [1]]])
+def test_halves_change_no_bit(folder: Path, split: list[list[int]]) -> None:
+    """Sequences are cut in the middle, and one rank has no tokens at all."""
+    whole, halves = (logits_of(folder, split, overlap) for overlap in ("off", "halves"))
+    assert whole.keys() == halves.keys() != set()
+    for number, logits in whole.items():
+        np.testing.assert_array_equal(halves[number], logits)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 4, 5, 6, 17, 18])
+def test_a_cut_step_has_every_token_once(num_tokens: int) -> None:
+    """In order, each at its position, and only the end of a sequence is sampled."""
+    sequences = prompts_of([0, 1])
+    first, second = in_halves(sequences, num_tokens)
+    assert sum(len(part.token_ids) for part in first) == num_tokens
+    for sequence in sequences:
+        parts = [p for p in (*first, *second) if p.sequence_id == sequence.sequence_id]
+        assert sum((part.token_ids for part in parts), ()) == sequence.token_ids
+        starts = [sequence.start + sum(len(p.token_ids) for p in parts[:i]) for i in range(2)]
+        assert [part.start for part in parts] == starts[: len(parts)]
+        assert [part.sampling for part in parts] == [None] * (len(parts) - 1) + [GREEDY]
+
+
+def costs(dispatch: float, experts: float, combine: float) -> LayerCosts:
+    """Seconds of 1000 tokens, all of it by the token."""
+    return LayerCosts(*(StageCost(1e-5, value / 1000) for value in (dispatch, experts, combine)))
+
+
+def test_halves_where_the_exchange_is_long_and_nothing_where_it_is_short() -> None:
+    """By the times that were fitted; the reason names them."""
+    long = Stages(costs(2e-3, 3e-3, 2e-3), costs(2.2e-3, 3.3e-3, 2.2e-3))
+    overlap, reason = decide(long, 8192, 116)
+    assert overlap.halves_from is not None
+    assert overlap.cuts_in_two(8192)
+    assert "two halves" in reason
+    short = Stages(costs(1e-5, 9e-3, 1e-5), costs(3e-5, 1e-2, 3e-5))
+    overlap, reason = decide(short, 8192, 116)
+    assert overlap == Overlap()
+    assert reason.startswith("no overlap")

@@ -16,7 +16,9 @@ class Pages {
   static constexpr Sizes kSizes = Shape::kSizes;
   static constexpr int kAhead = Shape::kSlots - (Shape::kPaired ? 2 : 1);  // copies
   static constexpr int kChunks = kSizes.width / 8;  // of 16 bytes, of a row
-  static constexpr int kLanes = kSizes.width > kMaxApart ? 8 : kChunks;  // side by side in a row
+  // Side by side in a row: so many that all threads have as much to copy.
+  static constexpr int kLanes =
+      kSizes.width <= kMaxApart ? kChunks : Shape::kRowTiles % 3 == 0 ? 24 : 8;
   static constexpr int kColumns = kChunks / kLanes;
   static constexpr int kRowsAtOnce = Shape::kThreads / kLanes;
   static constexpr int kPasses = kSizes.tile_keys() / kRowsAtOnce;
@@ -127,9 +129,8 @@ class Pages {
       const int position = (block << shift_) + (place & (args_.block_size - 1));
       // What a page holds beyond the last position may be another request's, or NaN.
       const bool exists = row + pass * kRowsAtOnce < left;
-      const unsigned char *source =
-          pages + (exists ? static_cast<long long>(position) * args_.position_bytes + current_.head_bytes
-                          : 0);
+      const long long row_bytes = static_cast<long long>(position) * args_.position_bytes;
+      const unsigned char *source = pages + (exists ? row_bytes + current_.head_bytes : 0);
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {
         const int column = chunk + i * kLanes;

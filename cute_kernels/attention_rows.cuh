@@ -48,8 +48,8 @@ class Rows {
     }
     const int last_row = min(first_row + kRows, unit.num_rows) - 1;
     last_position_ = first_row < unit.num_rows ? unit.first_position + last_row / group : -1;
-    all_see_before_ = last_row == first_row + kRows - 1 ? unit.first_position + first_row / group + 1
-                                                        : 0;
+    const bool all_exist = last_row == first_row + kRows - 1;
+    all_see_before_ = all_exist ? unit.first_position + first_row / group + 1 : 0;
     clear();
   }
 
@@ -143,9 +143,8 @@ class Rows {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (!exists_[i]) continue;
-      const long long item =
-          (static_cast<long long>(unit.sequence) * args_.num_heads + head_[i]) * args_.max_sections +
-          unit.section;
+      const long long head = static_cast<long long>(unit.sequence) * args_.num_heads + head_[i];
+      const long long item = head * args_.max_sections + unit.section;
       float *target = args_.partials + item * args_.width;
 #pragma unroll
       for (int j = 0; j < kValueQuads; ++j) {

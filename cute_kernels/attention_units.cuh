@@ -103,8 +103,8 @@ __device__ __forceinline__ bool find_whole_unit(const light_paged_attention_args
   return true;
 }
 
-// Tiles of keys that a unit goes through. Each section that is split off has two at least, the second
-// perhaps of nothing, so that copies which run ahead never reach over the unit that comes next.
+// Tiles of keys that a unit goes through. Each section that is split off has two at least, the
+// second perhaps of nothing: copies that run ahead so never reach over the unit that comes next.
 template <class Shape>
 __device__ __forceinline__ int num_tiles(const Unit &unit) {
   constexpr int kKeys = Shape::kSizes.tile_keys();

@@ -445,6 +445,45 @@ int paged_attention(Address query, Address keys, Address values, Address block_t
   return light_paged_attention(&args, static_cast<light_dtype>(dtype), pointer<void>(stream));
 }
 
+// sizes: the integers of light_rotary_cache_args from num_tokens to width, in their order
+int rotary_cache(Address heads, Address query_weight, Address key_weight, Address cos, Address sin,
+                 Address cache_rows, Address query, Address keys, Address values,
+                 long long table_stride, float epsilon, const py::tuple &sizes, int dtype,
+                 Address stream) {
+  const light_rotary_cache_args args{pointer<const void>(heads),
+                                     pointer<const void>(query_weight),
+                                     pointer<const void>(key_weight),
+                                     pointer<const void>(cos),
+                                     pointer<const void>(sin),
+                                     pointer<const long long>(cache_rows),
+                                     pointer<void>(query),
+                                     pointer<void>(keys),
+                                     pointer<void>(values),
+                                     table_stride,
+                                     epsilon,
+                                     sizes[0].cast<int>(),
+                                     sizes[1].cast<int>(),
+                                     sizes[2].cast<int>(),
+                                     sizes[3].cast<int>(),
+                                     0};
+  const py::gil_scoped_release released;
+  return light_rotary_cache(&args, static_cast<light_dtype>(dtype), pointer<void>(stream));
+}
+
+int add_norm(Address hidden, Address addend, Address weight, Address sum, Address normed,
+             float epsilon, int num_rows, int width, int dtype, Address stream) {
+  const light_add_norm_args args{pointer<const void>(hidden),
+                                 pointer<const void>(addend),
+                                 pointer<const void>(weight),
+                                 pointer<void>(sum),
+                                 pointer<void>(normed),
+                                 epsilon,
+                                 num_rows,
+                                 width};
+  const py::gil_scoped_release released;
+  return light_add_norm(&args, static_cast<light_dtype>(dtype), pointer<void>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_light_ops, module) {
@@ -526,6 +565,13 @@ PYBIND11_MODULE(_light_ops, module) {
              arg("scale"), arg("sizes"), arg("dtype"), arg("stream"));
   module.def("paged_attention_workspace_bytes", &light_paged_attention_workspace_bytes,
              arg("num_sequences"), arg("num_heads"), arg("width"), arg("most_positions"));
+  module.def("rotary_cache", &rotary_cache, py::kw_only(), arg("heads"), arg("query_weight"),
+             arg("key_weight"), arg("cos"), arg("sin"), arg("cache_rows"), arg("query"),
+             arg("keys"), arg("values"), arg("table_stride"), arg("epsilon"), arg("sizes"),
+             arg("dtype"), arg("stream"));
+  module.def("add_norm", &add_norm, py::kw_only(), arg("hidden"), arg("addend"), arg("weight"),
+             arg("sum"), arg("normed"), arg("epsilon"), arg("num_rows"), arg("width"),
+             arg("dtype"), arg("stream"));
   for (const auto &[name, function] :
        {std::pair{"permute_int8", &permute_int8}, std::pair{"dequantize_rows", &dequantize_rows}}) {
     module.def(name, function, py::kw_only(), arg("rows"), arg("row_index"), arg("output"),

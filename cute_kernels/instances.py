@@ -18,7 +18,7 @@ FOLDER = Path(__file__).resolve().parent
 DTYPES = {"f16": 0, "bf16": 1}
 EPILOGUES = {"plain": 0, "swiglu": 1}
 ATTENTION_WIDTHS = (32, 64, 128, 256, 576)  # kWidths of paged_attention_sizes.h
-SIMPLE_STEMS = ("topk_gate", "permute", "combine", "exchange", "route")
+SIMPLE_STEMS = ("topk_gate", "permute", "combine", "exchange", "route", "rotary_cache", "add_norm")
 
 
 def _load_tiles() -> ModuleType:

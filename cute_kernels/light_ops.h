@@ -400,6 +400,41 @@ typedef struct light_paged_attention_args {
   int splits_single_queries;
 } light_paged_attention_args;
 
+// Queries and keys on their way to attention, both RMS-normed first where weights are given: turned
+// to x * cos + x' * sin, where x' is the element half a head away, in order. Keys and values go to
+// their rows of the pages of a layer. Rounded to dtype after the norm, both products and their sum.
+typedef struct light_rotary_cache_args {
+  const void *heads;            // [T, H + 2 KV heads, width] of dtype: queries, keys, values
+  const void *query_weight;     // [width] of dtype, and epsilon; null: no norms
+  const void *key_weight;       // [width] of dtype
+  const void *cos;              // [T, width] of dtype
+  const void *sin;              // [T, width] of dtype: of the first half negated
+  const long long *cache_rows;  // [T] row of each token's keys and values
+  void *query;                  // [T, H, width]
+  void *keys;                   // [rows, KV heads, width]
+  void *values;                 // [rows, KV heads, width]
+  long long table_stride;       // elements of cos and sin from one token to the next: times 4
+  float epsilon;
+  int num_tokens;
+  int num_heads;  // H
+  int num_kv_heads;
+  int width;           // a multiple of 8
+  int lanes_per_head;  // the launcher's own
+} light_rotary_cache_args;
+
+// sum = hidden + addend, rounded; normed = sum / sqrt(mean of its squares + epsilon) * weight, in
+// float32, rounded once. Outputs may not be inputs.
+typedef struct light_add_norm_args {
+  const void *hidden;  // [R, width] of dtype
+  const void *addend;  // [R, width]
+  const void *weight;  // [width]
+  void *sum;           // [R, width]
+  void *normed;        // [R, width]
+  float epsilon;
+  int num_rows;  // R
+  int width;     // a multiple of 8
+} light_add_norm_args;
+
 // The library's own calls. `directory` holds a folder of compiled programs per architecture, as
 // cute_kernels/build.py makes it. `architecture` names the folder to use ("75", "90", "75ptx");
 // null: for each device its own, or the nearest older one of the same major number. Opening again
@@ -483,6 +518,11 @@ LIGHT_API long long light_paged_attention_workspace_bytes(int num_sequences, int
                                                           int width, int most_positions);
 LIGHT_API light_status light_paged_attention(const light_paged_attention_args *args,
                                              light_dtype dtype, light_stream stream);
+
+LIGHT_API light_status light_rotary_cache(const light_rotary_cache_args *args, light_dtype dtype,
+                                          light_stream stream);
+LIGHT_API light_status light_add_norm(const light_add_norm_args *args, light_dtype dtype,
+                                      light_stream stream);
 
 // On sm_90 alone.
 LIGHT_API light_status light_fp8_gemm(const light_fp8_gemm_args *args, const light_tile *tile,

@@ -1,14 +1,14 @@
 // Attention over the pages of a KV cache, without gathering them. A position's outputs are the same
 // chain of operations in every kernel here, so its bits depend on nothing but what it sees:
 //
-//     for each section of 256 positions       split: a CTA each; whole: one CTA, one after the other
+//     for each section of 256 positions       split: a CTA each; whole: one CTA, one by one
 //       for each tile of keys                 copies of the tiles ahead are in flight
 //         scores = queries x keys             mma, the query heads of one KV head as its rows
 //         weights = 2^(scores - largest)      what a row does not see weighs nothing, exactly
 //         outputs = outputs x decay + weights x values
 //     fold the sections in ascending order    split: paged_attention_merge
+#include "attention_merge.cuh"
 #include "attention_rows.cuh"
-#include "rows.cuh"
 
 namespace light::attention {
 
@@ -171,78 +171,16 @@ __device__ __forceinline__ void run_whole(const light_paged_attention_args &args
   attention.run(unit);
 }
 
-// A warp folds the sections of one query head.
 template <class Scalar, int kWidth>
 __device__ __forceinline__ void run_merge(const light_paged_attention_args &args) {
-  constexpr int kVectors = (kWidth + 127) / 128, kInFlight = kVectors > 2 ? 4 : 8;
   wait_for_previous_kernel();
   const int item = blockIdx.x * kMergeWarps + threadIdx.x / 32;
   const int sequence = item / args.num_heads, head = item % args.num_heads;
   if (sequence >= args.num_sequences || num_queries(args, sequence) != 1) return;
-  const int count = num_sections(args.lengths[sequence]);
-  const long long first = static_cast<long long>(item) * args.max_sections;
-  const float2 *partial_sums = reinterpret_cast<const float2 *>(args.partial_sums) + first;
-  const float *partials = args.partials + first * args.width;
-  const int column = threadIdx.x % 32 * 4;
-  const float factor = args.scale * 1.4426950408889634f;
-  RowSums sums;
-  float outputs[kVectors][4];
-#pragma unroll 1
-  for (int begin = 0; begin < count; begin += kInFlight) {
-    float2 section_sums[kInFlight];
-    float4 sections[kInFlight][kVectors];
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      if (begin + i >= count) continue;
-      section_sums[i] = partial_sums[begin + i];
-#pragma unroll
-      for (int j = 0; j < kVectors; ++j) {
-        if (column + 128 * j < args.width) {
-          sections[i][j] = *reinterpret_cast<const float4 *>(
-              partials + static_cast<long long>(begin + i) * args.width + column + 128 * j);
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      if (begin + i >= count) continue;
-      const RowSums section{section_sums[i].x, section_sums[i].y};
-      float before = 0.0f, after = 0.0f;
-      const bool is_first = begin + i == 0;
-      if (is_first) {
-        sums = section;
-      } else {
-        sums.fold(section, factor, &before, &after);
-      }
-#pragma unroll
-      for (int j = 0; j < kVectors; ++j) {
-        const float4 quad = sections[i][j];
-        const float values[4] = {quad.x, quad.y, quad.z, quad.w};
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          outputs[j][k] =
-              is_first ? values[k] : RowSums::folded(outputs[j][k], before, values[k], after);
-        }
-      }
-    }
-  }
-  const float inverse = sums.inverse();
-  Scalar *target = static_cast<Scalar *>(args.output) +
-                   (static_cast<long long>(args.query_starts[sequence]) * args.num_heads + head) *
-                       args.width;
-#pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
-    if (column + 128 * j >= args.width) continue;
-    union {
-      uint2 vector;
-      Scalar scalars[4];
-    } quad;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      quad.scalars[k] = from_float<Scalar>(__fmul_rn(outputs[j][k], inverse));
-    }
-    *reinterpret_cast<uint2 *>(target + column + 128 * j) = quad.vector;
-  }
+  Merge<Scalar, kWidth> merge(args, item);
+  merge.fold_all(num_sections(args.lengths[sequence]));
+  const long long row = static_cast<long long>(args.query_starts[sequence]) * args.num_heads + head;
+  merge.store(static_cast<Scalar *>(args.output) + row * args.width);
 }
 
 #if LIGHT_DTYPE == 0

@@ -46,13 +46,13 @@ struct Sizes {
   // Tiles of keys, or of values, in shared memory.
   LIGHT_ATTENTION_BOTH constexpr int slots(bool whole) const {
     if (pairs_slots(whole)) return is_roomy() ? 6 : 4;
-    if (!is_async()) return 2;
-    return width <= 128 ? 4 : !is_roomy() ? 2 : width <= kMaxApart ? 4 : 3;
+    if (width <= 128 && is_async()) return 3;  // four CTAs of 64 keys x 128 on a Hopper SM
+    return is_roomy() && !values_are_keys() ? 4 : 2;
   }
   // Of 16 rows, of a CTA that walks all sections of a prompt's tile.
   LIGHT_ATTENTION_BOTH constexpr int row_tiles() const {
     if (width <= 128) return is_async() ? 8 : 4;
-    return width <= kMaxApart ? (is_roomy() ? 4 : 2) : is_roomy() ? 2 : 1;
+    return width <= kMaxApart ? (is_roomy() ? 4 : 2) : is_roomy() ? 3 : 1;
   }
   LIGHT_ATTENTION_BOTH constexpr int row_bytes() const { return 2 * width + 16; }  // no conflicts
   LIGHT_ATTENTION_BOTH constexpr int slot_bytes() const { return tile_keys() * row_bytes(); }

@@ -22,6 +22,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 PlacementStyle = Literal["spare", "spread"]
 Transport = Literal["auto", "local", "gloo", "nccl", "copy_engine"]
 PeerMemory = Literal["auto", "device", "host"]
+Payload = Literal["auto", "full", "int8"]
 OverlapStyle = Literal["auto", "off", "halves"]
 Route = Literal["waterfill", "even", "none"]
 LoadFormat = Literal["auto", "dummy"]
@@ -61,6 +62,7 @@ class LaunchConfig:
     | placement | "spare": homes and spares; "spread": all ranks alike |
     | peer_memory | where copy_engine's ranks meet: on the cards, or in pinned memory of the host |
     | overlap | "auto": as the stages, timed at the start, say; "halves": every larger step in two |
+    | payload | rows as they are, or as int8 between copy_engine's ranks: half the bytes |
     | route | how tokens are split over the replicas of an expert |
     | deterministic | "on": a request's tokens depend on itself only, not on what runs beside it |
     | max_model_len | tokens of prompt and answer together; None: what the model says |
@@ -87,6 +89,7 @@ class LaunchConfig:
     placement: PlacementStyle = "spare"
     transport: Transport = "auto"
     peer_memory: PeerMemory = "auto"
+    payload: Payload = "full"
     overlap: OverlapStyle = "auto"
     route: Route = "waterfill"
     load_format: LoadFormat = "auto"
@@ -144,6 +147,11 @@ class LaunchConfig:
         if self.transport == "local" and self.gpus > 1:
             raise UsageError(
                 f"transport local joins one rank only and gpus is {self.gpus}; take auto or gloo"
+            )
+        if self.payload == "int8" and self.deterministic == "on":
+            raise UsageError(
+                "payload int8 rounds what travels between ranks, and deterministic is on;"
+                " give deterministic off as well, or payload full"
             )
         if self.oversubscribe and self.device == "cpu":
             raise UsageError("oversubscribe means several ranks a GPU; leave out device cpu")

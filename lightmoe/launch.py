@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import uvicorn
@@ -34,7 +34,7 @@ from lightmoe.server.app import allowed_hosts_for, create_app
 from lightmoe.server.tokenizer import Tokenizer
 from lightmoe.telemetry.rank_recorder import TraceConfig
 from lightmoe.telemetry.trace_folder import finish_folder, prepare_folder
-from lightmoe.worker.config import WorkerConfig
+from lightmoe.worker.config import Payload, WorkerConfig
 from lightmoe.worker.devices import Devices, choose_devices, gpu_bytes_per_rank
 from lightmoe.worker.ray_cluster import RayConfig
 from lightmoe.worker.ray_group import Progress, RayWorkerGroup
@@ -58,6 +58,7 @@ class Resolved:
     transport: str
     reason: str
     cards: tuple[int, ...] = ()
+    payload: Payload = "full"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,7 @@ class Launched:
 
 
 def resolve(config: LaunchConfig, driver: Driver) -> Resolved:
-    """Device, dtype and transport; UsageError or MachineError where a wish cannot be met."""
+    """Device, dtype, transport, payload; UsageError or MachineError where a wish cannot be met."""
     devices = choose_devices(config, driver)
     turing = any(driver.gpus[card].compute_capability < (8, 0) for card in devices.cards)
     dtype: str = config.dtype
@@ -89,13 +90,14 @@ def resolve(config: LaunchConfig, driver: Driver) -> Resolved:
         dtype = "float32" if devices.device == "cpu" else halves
     if dtype == "bfloat16" and turing:
         raise UsageError(f"{driver.gpus[0].name} has no bfloat16; use --dtype float16")
-    return Resolved(
+    resolved = Resolved(
         device=devices.device,
         dtype=dtype,
         transport=_transport(config, devices),
         reason=devices.reason,
         cards=devices.cards,
     )
+    return replace(resolved, payload=_payload(config, resolved, driver))
 
 
 def _transport(config: LaunchConfig, devices: Devices) -> str:
@@ -213,6 +215,7 @@ def start_workers(
             transport=resolved.transport,
             overlap=config.overlap,
             peers_on_host=_meet_on_host(config, resolved, driver),
+            payload=resolved.payload,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
             dtype=resolved.dtype,
@@ -272,6 +275,22 @@ def _meet_on_host(config: LaunchConfig, resolved: Resolved, driver: Driver) -> b
     return alone or config.peer_memory == "host"
 
 
+def _payload(config: LaunchConfig, resolved: Resolved, driver: Driver) -> Payload:
+    """How rows travel; auto: as int8 where they cross the host's memory and may be rounded."""
+    fits = resolved.transport == "copy_engine" and resolved.dtype != "float32"
+    if config.payload == "int8" and not fits:
+        raise UsageError(
+            f"payload int8 is for 16 bits and transport copy_engine, and here is {resolved.dtype}"
+            f" and {resolved.transport}; take payload auto or full"
+        )
+    wanted = config.payload == "int8" or (
+        config.payload == "auto"
+        and config.deterministic == "off"
+        and _meet_on_host(config, resolved, driver)
+    )
+    return "int8" if fits and wanted else "full"
+
+
 def _exchange_bytes(config: LaunchConfig, model: ModelConfig, resolved: Resolved) -> int:
     """What the transport takes of a rank's card."""
     if resolved.transport != "copy_engine":
@@ -280,7 +299,14 @@ def _exchange_bytes(config: LaunchConfig, model: ModelConfig, resolved: Resolved
     from lightmoe.worker.peers import exchange_bytes
 
     element_bytes = _ELEMENT_BYTES[resolved.dtype]
-    return exchange_bytes(model, config.gpus, config.max_num_batched_tokens, element_bytes)
+    return exchange_bytes(
+        model,
+        config.gpus,
+        config.max_num_batched_tokens,
+        element_bytes,
+        deterministic=config.deterministic == "on",
+        payload=resolved.payload,
+    )
 
 
 def _rank_bytes(config: LaunchConfig, resolved: Resolved, driver: Driver) -> int:
@@ -333,6 +359,7 @@ def _summary(
         f" {min(slots)}-{max(slots)} experts a rank; context {sizing.max_model_len},"
         f" KV cache {sizing.cache_bytes / 2**20:.0f} MiB a rank; kernels: {kernels},"
         f" deterministic {config.deterministic}"
+        + (", payload int8" if resolved.payload == "int8" else "")
         + (f"; {overlap}" if overlap else "")
         + (f"; ROUTING IS MADE UP: {config.routing_skew}" if config.routing_skew else "")
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightmoe.kernels import reference
+from lightmoe.kernels.add_norm import add_norm as _add_norm
 from lightmoe.kernels.checks import is_native
 from lightmoe.kernels.combine import combine as _combine
 from lightmoe.kernels.fp8_gemm import fp8_gemm as _fp8_gemm
@@ -27,7 +28,8 @@ from lightmoe.kernels.permute import permute_fp8 as _permute_fp8
 from lightmoe.kernels.permute import permute_int8 as _permute_int8
 from lightmoe.kernels.quant_gemm import plan_quantized
 from lightmoe.kernels.quant_gemm import quant_gemm as _quant_gemm
-from lightmoe.kernels.reference import Fp8Weights, QuantizedMatrix, swiglu
+from lightmoe.kernels.reference import Fp8Weights, QuantizedMatrix, rms_norm, rotate, swiglu
+from lightmoe.kernels.rotary_cache import rotary_cache as _rotary_cache
 from lightmoe.kernels.route import route_split as _route_split
 from lightmoe.kernels.route_reference import RouteSplit
 from lightmoe.kernels.route_reference import route_split as _route_split_on_host
@@ -40,6 +42,7 @@ __all__ = [
     "PairGroups",
     "QuantizedMatrix",
     "RouteSplit",
+    "add_norm",
     "combine",
     "equal_groups",
     "fp8_gemm",
@@ -50,6 +53,9 @@ __all__ = [
     "permute_fp8",
     "permute_int8",
     "quant_gemm",
+    "rms_norm",
+    "rotary_cache",
+    "rotate",
     "route_split",
     "route_tokens",
     "sort_pairs",
@@ -103,6 +109,8 @@ quant_gemm = _by_tensor(_quant_gemm, reference.quant_gemm)
 fp8_gemm = _by_tensor(_fp8_gemm, reference.fp8_gemm, lambda rows: rows.is_cuda)
 combine = _by_tensor(_combine, reference.combine)
 paged_attention = _by_tensor(_paged_attention, reference.paged_attention)
+rotary_cache = _by_tensor(_rotary_cache, reference.rotary_cache)
+add_norm = _by_tensor(_add_norm, reference.add_norm)
 
 
 def tokens_per_tile(

@@ -79,7 +79,7 @@ def paged_attention(
         output=address(output),
         workspace=address(workspace),
         workspace_bytes=workspace.nbytes,
-        query_stride=query.stride(0),
+        query_stride=_token_stride(query),
         scale=width**-0.5 if scale is None else scale,
         sizes=(
             num_tokens,
@@ -117,7 +117,7 @@ def _check_cache(query: Tensor, keys: Tensor, values: Tensor) -> None:
         require_rows(_STEM, name, tensor)
     _require_pages("keys", keys)
     _require_pages("values", values)
-    if query.stride(0) % 8:
+    if _token_stride(query) % 8:
         raise UsageError(
             f"{_STEM}: query has tokens {query.stride(0)} elements apart; it needs a multiple of 8"
         )
@@ -129,6 +129,11 @@ def _check_cache(query: Tensor, keys: Tensor, values: Tensor) -> None:
     widest = MAX_WIDTH_OF_LATENTS if keys.data_ptr() == values.data_ptr() else MAX_WIDTH
     if width > widest:
         raise UsageError(f"{_STEM}: query has width {width}; it takes up to {widest}")
+
+
+def _token_stride(query: Tensor) -> int:
+    """Elements from one token to the next; what torch says of a single one may be anything."""
+    return query.stride(0) if len(query) > 1 else query.shape[1] * query.shape[2]
 
 
 def _require_pages(name: str, pages: Tensor) -> None:

@@ -462,6 +462,61 @@ def combine(
     return total.to(pairs.dtype)
 
 
+def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Root-mean-square norm over the last axis (Zhang and Sennrich 2019): [..., D] -> [..., D].
+
+    hidden / sqrt(mean of its squares + epsilon) in fp32, or wider where it is; rounded, then
+    multiplied with weight [D].
+    """
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + epsilon)
+    return weight * wide.to(hidden.dtype)
+
+
+def add_norm(
+    hidden: Tensor, addend: Tensor, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """hidden + addend and its rms_norm: [T, D], [T, D] -> [T, D] each."""
+    total = hidden + addend
+    return total, rms_norm(total, weight, epsilon)
+
+
+def rotate(heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn queries or keys [T, H, width] by their positions: cos and signed sin [T, 1, width]."""
+    cos, sin = tables
+    return heads * cos + heads.roll(heads.shape[-1] // 2, -1) * sin
+
+
+def rotary_cache(
+    product: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    cache_rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    norms: tuple[Tensor, Tensor] | None = None,
+    epsilon: float = 0.0,
+) -> Tensor:
+    """A fused product [T, (H + 2 KV heads) x width] -> its queries, rotated: [T, H, width].
+
+    Columns are queries, keys, values. `rotary` is what `rotate` takes; keys are rotated as well.
+    Keys and values go to rows `cache_rows` int64 [T] of the pages [blocks, block size, KV heads,
+    width] of a layer. With `norms`, weights [width] of queries and of keys, both are rms_norm'ed
+    first.
+    """
+    num_kv_heads, width = keys.shape[2:]
+    heads = product.unflatten(1, (-1, width))
+    turned, value = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
+    if norms is not None:
+        query, key = turned[:, :-num_kv_heads], turned[:, -num_kv_heads:]
+        turned = torch.cat(
+            [rms_norm(query, norms[0], epsilon), rms_norm(key, norms[1], epsilon)], dim=1
+        )
+    turned = rotate(turned, rotary)  # [T, H + KV heads, width]
+    keys.flatten(0, 1).index_copy_(0, cache_rows, turned[:, -num_kv_heads:])
+    values.flatten(0, 1).index_copy_(0, cache_rows, value)
+    return turned[:, :-num_kv_heads]
+
+
 def paged_attention(
     query: Tensor,
     keys: Tensor,

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lightmoe.layers.basic import Linear, RMSNorm, rotate
+from lightmoe import kernels
+from lightmoe.layers.basic import Linear, RMSNorm
 
 QUERY_ROWS = 8
 """Positions that one SDPA call serves. Each call costs a launch, each padded row some work."""
@@ -118,29 +119,29 @@ class Attention:
         layer: int,
         query_key_value: Linear,
         output: Linear,
-        num_heads: int,
-        num_kv_heads: int,
-        query_norm: RMSNorm | None = None,
-        key_norm: RMSNorm | None = None,
+        norms: tuple[RMSNorm, RMSNorm] | None = None,
     ) -> None:
         self._layer = layer
         self._query_key_value, self._output = query_key_value, output
-        self._num_heads, self._num_kv_heads = num_heads, num_kv_heads
-        self._query_norm, self._key_norm = query_norm, key_norm
+        self._norm_weights, self._epsilon = None, 0.0
+        if norms is not None:
+            query_norm, key_norm = norms
+            assert query_norm.epsilon == key_norm.epsilon, "the kernel takes one"
+            self._norm_weights = (query_norm.weight, key_norm.weight)
+            self._epsilon = query_norm.epsilon
 
     def __call__(self, hidden: Tensor, step: AttentionStep) -> Tensor:
         """[T, D] -> [T, D]; writes this step's keys and values into the cache."""
-        num_turned = self._num_heads + self._num_kv_heads
-        heads = self._query_key_value(hidden).unflatten(1, (num_turned + self._num_kv_heads, -1))
-        turned, value = heads[:, :num_turned], heads[:, num_turned:]
-        if self._query_norm is not None and self._key_norm is not None:
-            query, key = turned[:, : self._num_heads], turned[:, self._num_heads :]
-            turned = torch.cat([self._query_norm(query), self._key_norm(key)], dim=1)
-        turned = rotate(turned, step.rotary)  # [T, H + KV heads, head_dim]
-        query, key = turned[:, : self._num_heads], turned[:, self._num_heads :]
         keys, values = step.cache.keys[self._layer], step.cache.values[self._layer]
-        keys.flatten(0, 1).index_copy_(0, step.cache_rows, key)
-        values.flatten(0, 1).index_copy_(0, step.cache_rows, value)
+        query = kernels.rotary_cache(
+            self._query_key_value(hidden),
+            step.rotary,
+            step.cache_rows,
+            keys,
+            values,
+            self._norm_weights,
+            self._epsilon,
+        )
         return self._output(step.attend(query, keys, values).flatten(1))
 
 

@@ -63,17 +63,21 @@ class RMSNorm:
     """Root-mean-square norm over the last axis (Zhang and Sennrich 2019), in fp32."""
 
     def __init__(self, weight: Tensor, epsilon: float) -> None:
-        self._weight = weight
-        self._epsilon = epsilon
+        self.weight = weight
+        self.epsilon = epsilon
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         if hidden.is_cuda and hidden.dtype != torch.float32:
             # One launch in place of eight; the weight is applied before the rounding.
-            return rms_norm(hidden, self._weight.shape, self._weight, self._epsilon)
-        wide = hidden.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self._epsilon)
-        return self._weight * wide.to(hidden.dtype)
+            return rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
+        return kernels.rms_norm(hidden, self.weight, self.epsilon)
+
+    def of_sum(self, hidden: Tensor, addend: Tensor | None) -> tuple[Tensor, Tensor]:
+        """hidden + addend and its norm: [T, D] -> [T, D] each; None adds nothing."""
+        if addend is None:
+            return hidden, self(hidden)
+        return kernels.add_norm(hidden, addend, self.weight, self.epsilon)
 
 
 class Rotary:
@@ -94,7 +98,7 @@ class Rotary:
             frequencies = frequencies * torch.tensor(yarn.stretch(head_dim, theta), device=device)
             scale = yarn.table_scale
         angles = torch.outer(torch.arange(num_positions, device=device).float(), frequencies)
-        # `rotate` subtracts the second half of the heads from the first.
+        # kernels.rotate subtracts the second half of the heads from the first.
         cos, sin = angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], dim=-1)
         self._table = torch.stack([cos, sin], dim=1) * scale  # [positions, 2, head_dim]
 
@@ -104,16 +108,10 @@ class Rotary:
         return cos, sin
 
 
-def rotate(heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn queries or keys [T, H, head_dim] by their positions."""
-    cos, sin = tables
-    return heads * cos + heads.roll(heads.shape[-1] // 2, -1) * sin
-
-
 def halves_from_pairs(heads: Tensor) -> Tensor:
     """Even columns first, odd ones after: [..., D] -> [..., D].
 
-    DeepSeek rotates columns 2i and 2i + 1 together, `rotate` i and i + D/2. Reordered alike,
+    DeepSeek rotates columns 2i and 2i + 1 together, kernels.rotate i and i + D/2. Reordered alike,
     queries and keys have the same products.
     """
     pairs: Tensor = heads.unflatten(-1, (-1, 2))

@@ -16,8 +16,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightmoe.kernels import rotate
 from lightmoe.layers.attention import AttentionStep
-from lightmoe.layers.basic import HeadLinear, Linear, RMSNorm, halves_from_pairs, rotate
+from lightmoe.layers.basic import HeadLinear, Linear, RMSNorm, halves_from_pairs
 
 
 class LatentAttention:

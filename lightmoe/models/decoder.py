@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -84,10 +85,10 @@ class Decoder:
 
     def forward(self, token_ids: Tensor, step: AttentionStep) -> Tensor:
         """Token ids [T] -> hidden states after the last norm [T, D]."""
-        hidden = embedding(token_ids, self._embedding)
+        hidden, added = embedding(token_ids, self._embedding), None
         for layer in self._layers:
-            hidden = layer(hidden, step)
-        return self._norm(hidden)
+            hidden, added = layer(hidden, added, step)
+        return self._norm.of_sum(hidden, added)[1]
 
     def forward_halves(
         self, halves: Sequence[tuple[Tensor, AttentionStep]], begin_half: Callable[[int], None]
@@ -97,22 +98,21 @@ class Decoder:
         `begin_half(0)` or `(1)` is called before what the ranks exchange for that half.
         """
         rows = [embedding(token_ids, self._embedding) for token_ids, _ in halves]
-        waiting: list[tuple[DecoderLayer, InFlight | None]] = []
+        waiting: list[Callable[[], Tensor]] = []  # what the layer before adds to each half
         for layer in self._layers:
             flights = []
             for half, (_, step) in enumerate(halves):
-                if waiting:  # what comes back last has longest to do so
-                    before, flight = waiting[half]
-                    rows[half] = before.finish(rows[half], flight)
-                rows[half] = layer.attend(rows[half], step)
+                # What comes back last has longest to do so.
+                added = waiting[half]() if waiting else None
+                rows[half], normed = layer.attend(rows[half], added, step)
                 begin_half(half)
-                flights.append(layer.begin(rows[half], half))
-            for flight in flights:
+                flights.append((normed, layer.begin(normed, half)))
+            for _, flight in flights:
                 layer.compute(flight)
-            waiting = [(layer, flight) for flight in flights]
+            waiting = [partial(layer.finish, *flight) for flight in flights]
         return [
-            self._norm(last.finish(hidden, flight))
-            for hidden, (last, flight) in zip(rows, waiting, strict=True)
+            self._norm.of_sum(hidden, finish())[1]
+            for hidden, finish in zip(rows, waiting, strict=True)
         ]
 
     def set_overlap(self, overlap: Overlap) -> None:
@@ -127,7 +127,11 @@ class Decoder:
 
 
 class DecoderLayer:
-    """hidden += attention(norm(hidden)); hidden += experts(norm(hidden)), or an MLP for them."""
+    """hidden += attention(norm(hidden)); hidden += experts(norm(hidden)), or an MLP for them.
+
+    An addition runs with the norm behind it, in one launch: what the experts add is handed on
+    beside the hidden states.
+    """
 
     def __init__(self, layer: int, parts: Parts, load: LoadCounter) -> None:
         config, prefix = parts.config, f"model.layers.{layer}."
@@ -143,32 +147,40 @@ class DecoderLayer:
         else:
             self._mlp = _swiglu(mlp_prefix, parts)
 
-    def __call__(self, hidden: Tensor, step: AttentionStep) -> Tensor:
-        """[T, D] -> [T, D]."""
-        hidden = self.attend(hidden, step)
-        return hidden + self._mlp(self._mlp_norm(hidden))
+    def __call__(
+        self, hidden: Tensor, added: Tensor | None, step: AttentionStep
+    ) -> tuple[Tensor, Tensor]:
+        """[T, D] and what is to be added first -> the same, [T, D] each."""
+        hidden, normed = self.attend(hidden, added, step)
+        return hidden, self._mlp(normed)
 
-    def attend(self, hidden: Tensor, step: AttentionStep) -> Tensor:
-        """Attention's part. Without tokens here there is none, but the experts serve."""
+    def attend(
+        self, hidden: Tensor, added: Tensor | None, step: AttentionStep
+    ) -> tuple[Tensor, Tensor]:
+        """Attention's part: hidden states with it, and normed for the experts.
+
+        Without tokens here there is none, but the experts serve.
+        """
         if not len(hidden):
-            return hidden
+            return hidden, hidden
         with span("attention", self._layer):
-            return hidden + self._attention(self._input_norm(hidden), step)
+            hidden, normed = self._input_norm.of_sum(hidden, added)
+            return self._mlp_norm.of_sum(hidden, self._attention(normed, step))
 
-    def begin(self, hidden: Tensor, half: int) -> InFlight | None:
+    def begin(self, normed: Tensor, half: int) -> InFlight | None:
         """Send a half of a step to the experts; None where the layer has an MLP for them."""
-        return None if self.moe is None else self.moe.begin(self._mlp_norm(hidden), half)
+        return None if self.moe is None else self.moe.begin(normed, half)
 
     def compute(self, flight: InFlight | None) -> None:
         """The experts' products of a half."""
         if self.moe is not None and flight is not None:
             self.moe.compute(flight)
 
-    def finish(self, hidden: Tensor, flight: InFlight | None) -> Tensor:
+    def finish(self, normed: Tensor, flight: InFlight | None) -> Tensor:
         """What the experts, or the MLP, add to a half."""
         if self.moe is None or flight is None:
-            return hidden + self._mlp(self._mlp_norm(hidden))
-        return hidden + self.moe.finish(flight)
+            return self._mlp(normed)
+        return self.moe.finish(flight)
 
 
 def _moe(layer: int, prefix: str, parts: Parts, load: LoadCounter) -> MoELayer:
@@ -214,14 +226,14 @@ def _attention(layer: int, parts: Parts) -> Attention | LatentAttention:
     config, prefix = parts.config, f"model.layers.{layer}.self_attn."
     if config.mla is not None:
         return _latent_attention(layer, prefix, parts, config.mla)
-    norms = (prefix + "q_norm.weight", prefix + "k_norm.weight") if config.qk_norm else ()
+    norms = None
+    if config.qk_norm:
+        norms = parts.norm(prefix + "q_norm.weight"), parts.norm(prefix + "k_norm.weight")
     return Attention(
         layer,
         parts.linear(*(f"{prefix}{part}_proj.weight" for part in "qkv")),
         parts.linear(prefix + "o_proj.weight"),
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        *(parts.norm(name) for name in norms),
+        norms,
     )
 
 

@@ -10,6 +10,8 @@ from lightmoe.models.config import ModelConfig
 from lightmoe.moe.placement import Placement
 from lightmoe.telemetry.rank_recorder import TraceConfig
 
+Payload = Literal["full", "int8"]
+
 BLOCK_SIZE = 16
 """Positions in one KV block."""
 
@@ -18,7 +20,8 @@ BLOCK_SIZE = 16
 class WorkerConfig:
     """All that a rank is told at its start. `num_kv_blocks` blocks hold 16 positions each.
 
-    With transport copy_engine ranks meet on their cards, or in the host's memory.
+    With transport copy_engine ranks meet on their cards, or in the host's memory, and rows travel
+    as they are or as int8.
     `cards` is the GPU of each rank, empty where a rank takes the first that it sees.
     `num_free_slots` come on top of those that the placement needs; `max_recorded_tokens` is how
     many tokens of a step have their routing recorded (0: it is not). `routing_skew` is the exponent
@@ -38,6 +41,7 @@ class WorkerConfig:
     seed: int
     transport: str = "gloo"
     peers_on_host: bool = False
+    payload: Payload = "full"
     overlap: Literal["auto", "off", "halves"] = "auto"
     max_num_batched_tokens: int = 512
     max_num_seqs: int = 16

@@ -8,12 +8,19 @@ from lightmoe.distributed.communicator import Communicator
 from lightmoe.distributed.peers import PeerMemory, Road
 from lightmoe.models.config import ModelConfig
 from lightmoe.moe.dispatch.copy_engine import ArenaLayout, PeerLane
-from lightmoe.worker.config import WorkerConfig
+from lightmoe.moe.dispatch.summing import SummingLane
+from lightmoe.worker.config import Payload, WorkerConfig
 from lightmoe.worker.graphs import MAX_BATCH
 
 
 def arena_layout(
-    model: ModelConfig, num_ranks: int, max_tokens: int, element_bytes: int
+    model: ModelConfig,
+    num_ranks: int,
+    max_tokens: int,
+    element_bytes: int,
+    *,
+    deterministic: bool,
+    payload: Payload,
 ) -> ArenaLayout:
     """The arenas of ranks that run up to `max_tokens` each in a step."""
     return ArenaLayout(
@@ -23,17 +30,34 @@ def arena_layout(
         num_experts_per_token=model.num_experts_per_tok,
         width=model.hidden_size,
         element_bytes=element_bytes,
+        summed=not deterministic,
+        as_int8=payload == "int8",
     )
 
 
-def exchange_bytes(model: ModelConfig, num_ranks: int, max_tokens: int, element_bytes: int) -> int:
+def exchange_bytes(
+    model: ModelConfig,
+    num_ranks: int,
+    max_tokens: int,
+    element_bytes: int,
+    *,
+    deterministic: bool,
+    payload: Payload,
+) -> int:
     """What the transport takes of a rank's card, the products' intermediate rows included.
 
     Every rank has room for all pairs of a step: how many it gets, only its device knows.
     """
     total = 0
     for tokens in (max_tokens, half_tokens(max_tokens)):
-        layout = arena_layout(model, num_ranks, tokens, element_bytes)
+        layout = arena_layout(
+            model,
+            num_ranks,
+            tokens,
+            element_bytes,
+            deterministic=deterministic,
+            payload=payload,
+        )
         inner_bytes = layout.max_pairs * model.moe_intermediate_size * element_bytes
         total += layout.num_bytes + layout.device_bytes + inner_bytes
     return total
@@ -67,10 +91,18 @@ def _open(
     max_tokens: int,
     stream: torch.cuda.Stream | None = None,
 ) -> PeerLane:
-    layout = arena_layout(config.model, control.num_ranks, max_tokens, dtype.itemsize)
+    layout = arena_layout(
+        config.model,
+        control.num_ranks,
+        max_tokens,
+        dtype.itemsize,
+        deterministic=config.deterministic,
+        payload=config.payload,
+    )
     road: Road = "host" if config.peers_on_host else "ipc"
     memory = PeerMemory(control, device, layout.num_bytes, road)
-    return PeerLane(
+    kind = SummingLane if layout.summed else PeerLane
+    lane = kind(
         layout,
         memory,
         control.rank,
@@ -80,3 +112,6 @@ def _open(
         config.timeout_seconds,
         stream=stream,
     )
+    if config.trace is not None:
+        lane.count_sent()
+    return lane

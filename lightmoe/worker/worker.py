@@ -64,7 +64,7 @@ class Worker:
                 host=host,
                 store_host=store_host,
             )
-        if self._device.type == "cuda":
+        if self._device.index is not None:  # else the process has one card, or takes the first
             torch.cuda.set_device(self._device)
         if self._communicator is not None and self._config.transport == "nccl":
             self._nccl = self._join_nccl(self._communicator)

@@ -105,11 +105,11 @@ def assert_same_split(found: RouteSplit, wanted: RouteSplit) -> None:
     assert torch.equal(found.groups.tile_groups[:num_tiles].cpu(), wanted.groups.tile_groups)
 
 
-def compile_host(source: Path, library: Path) -> Path:
+def compile_host(source: Path, library: Path, *options: str) -> Path:
     """Compile one C++ source into a shared library, without any warning."""
     command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall"]
     command += ["-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{KERNELS}"]
-    subprocess.run([*command, str(source), "-o", str(library)], check=True)
+    subprocess.run([*command, *options, str(source), "-o", str(library)], check=True)
     return library
 
 

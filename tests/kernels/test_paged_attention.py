@@ -13,6 +13,7 @@ from lightmoe.errors import UsageError
 from lightmoe.kernels import paged_attention
 from lightmoe.kernels.paged_attention import SECTION
 from lightmoe.kernels.paged_attention import paged_attention as native
+from tests.kernels.builds import build, compiles
 from tests.kernels.drivers import BIND, Call, call, launches, opened
 
 LAUNCH = re.compile(r"launch (\w+) grid (\d+) block (\d+) shared (\d+)")
@@ -91,6 +92,14 @@ def wide(width: int) -> dict[str, Tensor]:
         (
             {"keys": torch.zeros(12, 16, 4, 64, dtype=HALF)[::2]},
             "keys has gaps between its pages; give .contiguous()",
+        ),
+        (
+            {"query": torch.zeros(5, 516, dtype=HALF)[:, :512].unflatten(1, (8, 64))},
+            "query has tokens 516 elements apart; it needs a multiple of 8",
+        ),
+        (
+            {"query": torch.zeros(1, 516, dtype=HALF)[:, :512].unflatten(1, (8, 64))},
+            "query is on cpu; it needs a CUDA device",
         ),
         ({"query": torch.zeros(5, 64, 8, dtype=HALF).mT}, "query has strides [512, 1, 8] for"),
         ({"block_tables": integers(0, 1)}, "block_tables has 1 dimensions [2]; it needs 2"),
@@ -222,6 +231,17 @@ def test_what_is_refused(
     assert launches(lines) == []
     assert lines[-1].startswith("paged_attention: 4 paged_attention: ")
     assert said in lines[-1]
+
+
+@compiles
+def test_kernels_of_the_usual_width_spill_nothing(checkout: Path, tmp_path: Path) -> None:
+    pattern = "^paged_attention_bf16_w128$"
+
+    built = build(checkout, tmp_path, "--arch", "80,90", "--instances", pattern)
+
+    entries = [entry for kernels in built.values() for entry in kernels]
+    assert len(entries) == 2 * len(("split", "whole", "merge"))
+    assert [entry["name"] for entry in entries if entry["spill_bytes"]] == []
 
 
 def test_sizes_are_those_of_the_kernels(module, checkout: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightmoe.kernels import rotate
 from lightmoe.layers.attention import (
     QUERY_ROWS,
     AttendOneByOne,
@@ -14,7 +15,7 @@ from lightmoe.layers.attention import (
     KVCache,
     view_sequence,
 )
-from lightmoe.layers.basic import Linear, RMSNorm, Rotary, rotate
+from lightmoe.layers.basic import Linear, RMSNorm, Rotary
 from tests.kernels.rows import random_rows
 
 CPU = torch.device("cpu")
@@ -29,16 +30,15 @@ class Bench:
         self.key = random_rows(NUM_KV_HEADS * HEAD_DIM, WIDTH, seed=2)
         self.value = random_rows(NUM_KV_HEADS * HEAD_DIM, WIDTH, seed=3)
         self.output = random_rows(WIDTH, NUM_HEADS * HEAD_DIM, seed=4)
-        self.norms = [RMSNorm(random_rows(1, HEAD_DIM, seed=s)[0], 1e-5) for s in (5, 6)]
+        weights = random_rows(2, HEAD_DIM, seed=5)
+        self.norms = (RMSNorm(weights[0], 1e-5), RMSNorm(weights[1], 1e-5))
         self.qk_norm = qk_norm
         self.rotary = Rotary(HEAD_DIM, 10000.0, 64, CPU)
         self.attention = Attention(
             0,
             Linear(torch.cat([self.query, self.key, self.value])),
             Linear(self.output),
-            NUM_HEADS,
-            NUM_KV_HEADS,
-            *(self.norms if qk_norm else ()),
+            self.norms if qk_norm else None,
         )
         self.cache = KVCache(
             1, 20, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM, HEAD_DIM, torch.float32, CPU

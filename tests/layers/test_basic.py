@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lightmoe import kernels
-from lightmoe.layers.basic import HeadLinear, Linear, RMSNorm, Rotary, rotate
+from lightmoe.kernels import rotate
+from lightmoe.layers.basic import HeadLinear, Linear, RMSNorm, Rotary
 from tests.kernels.rows import DTYPES, NUM_ROWS, assert_row_invariant, random_rows
 
 CPU = torch.device("cpu")

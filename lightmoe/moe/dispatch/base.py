@@ -146,9 +146,11 @@ class ExpertGroup:
         self.bytes_sent = sent if self.bytes_sent is None else self.bytes_sent + sent
 
     def take_bytes_sent(self) -> tuple[int, ...]:
-        """`bytes_sent` since last asked; empty where nothing was counted."""
-        sent, self.bytes_sent = self.bytes_sent, None
-        return () if sent is None else tuple(sent.tolist())
+        """`bytes_sent`, and what lanes counted, since last asked; empty where nothing was."""
+        counts = [self.bytes_sent, *(lane.take_bytes_sent() for lane in self.lanes)]
+        self.bytes_sent = None
+        known = [sent for sent in counts if sent is not None]
+        return tuple(np.sum(known, axis=0).tolist()) if known else ()
 
     def tables_on(self, device: torch.device) -> PlacementTables:
         """The tables of all layers, which follow the placement; made at the first call."""

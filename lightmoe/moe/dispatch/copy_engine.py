@@ -31,6 +31,7 @@ from lightmoe.kernels.exchange import (
     RowBlock,
 )
 from lightmoe.kernels.library import address, library
+from lightmoe.kernels.tiles import PAIRS_TO_COMPUTE
 from lightmoe.moe.dispatch.base import (
     Dispatcher,
     ExpertGroup,
@@ -41,6 +42,9 @@ from lightmoe.moe.dispatch.base import (
 from lightmoe.moe.gate import Choice, PairSort
 
 MAX_CHUNKS = 8
+FEW_EXPERTS = 16
+"""The route with the fewest active experts is searched for among so many: it takes that long."""
+
 _ALIGNMENT_BYTES = 256
 _ANY_TILE = 64
 """Pairs a tile where the table of tiles is not used."""
@@ -177,7 +181,7 @@ class PeerLane:
         if not self._on_card:
             choices, prefixes = choices.to(device), prefixes.to(device)
         self.choices, self.prefixes = choices, prefixes
-        self._hidden_address = 0
+        self._hidden: Tensor | None = None
         self._sent: Tensor | None = None
 
     def _open_pairs(self) -> Tensor:
@@ -244,17 +248,18 @@ class PeerLane:
     def _publish(self, hidden: Tensor) -> Tensor | None:
         """Begin to put hidden states where others read them; returned if that is to be done yet."""
         if self._on_card:
-            self._hidden_address = address(self._arena_hidden)
+            self._hidden = self._arena_hidden
             return hidden
-        self._hidden_address = address(hidden)
+        self._hidden = hidden
         # The card's copy engine carries them: a kernel would wait for the bus.
         self._arena_hidden[: len(hidden)].copy_(hidden, non_blocking=True)
         return None
 
     def pull(self, receipt: PeerReceipt, rows: Tensor, max_ctas: int) -> None:
         """Fill the rows [P, D] of the chunk's pairs, and their weights if the experts need them."""
+        assert self._hidden is not None, "share before dispatch"
         addresses = self._addresses("hidden", 0)
-        addresses[self.rank] = self._hidden_address
+        addresses[self.rank] = self._hidden.data_ptr()
         receipt.chunk.pull(
             rows,
             addresses,
@@ -456,7 +461,7 @@ class CopyEngineDispatcher(Dispatcher):
             self._tables.slots[self._layer],
             self._tokens_per_tile(*expected),
             num_tokens * per_token,
-            route=group.route,
+            route=route_for(group.route, num_tokens * per_token, lane.layout.num_experts),
             rank=group.rank,
         )
         lane.note_pairs(self._layer, split.groups.offsets[-1:])
@@ -497,6 +502,17 @@ class CopyEngineDispatcher(Dispatcher):
         output = pairs.new_empty(num_tokens, pairs.shape[1])
         self._lane.combine(receipt, weights, output, receipt.combine_ctas)
         return output
+
+
+def route_for(route: str, num_pairs: int, num_experts: int) -> str:
+    """The route of one chunk. Water-filling levels tokens, which is what counts where the products
+    are bound by arithmetic. Where they read weights, a second copy of an expert that is read costs
+    more than it levels: few experts get the fewest active ones per rank, many, nearly all of which
+    are active, their home copy.
+    """
+    if route != "waterfill" or num_pairs >= PAIRS_TO_COMPUTE * num_experts:
+        return route
+    return "fewest" if num_experts <= FEW_EXPERTS else "none"
 
 
 def view_arena(arena: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

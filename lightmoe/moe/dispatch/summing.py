@@ -27,8 +27,10 @@ class SummingLane(PeerLane):
         self._arena_weights = view_arena(self.memory.arena, begin, shape, torch.float32)
         self._weights = self._arena_weights.to(device)  # the same, where that is on the card
         own_bytes = 0 if self._on_card else layout.block.num_bytes
-        self._own_hidden = torch.empty(own_bytes, dtype=torch.uint8, device=device)
-        self._own_sums = torch.empty_like(self._own_hidden)
+        self._own_sums = torch.empty(own_bytes, dtype=torch.uint8, device=device)
+        hidden = self.memory.arena[layout.offsets["hidden"] :][: layout.block.num_bytes]
+        self._arena_block = hidden
+        self._own_block = hidden.to(device)
         return torch.empty_like(self.rows)
 
     @property
@@ -45,18 +47,12 @@ class SummingLane(PeerLane):
         block = self.layout.block
         if not block.as_int8:
             return super()._publish(hidden)
-        there = self._addresses("hidden", 0)[self.rank]
-        if self._on_card:
-            self._hidden_address = there
-            publish_int8(hidden, there, block)
-            return None
-        self._hidden_address = address(self._own_hidden)
-        publish_int8(hidden, self._hidden_address, block)
-        begin = self.layout.offsets["hidden"]
-        for first, row_bytes in ((0, block.row_bytes), (block.scale_offset, 4)):
-            part = slice(first, first + len(hidden) * row_bytes)
-            arena = self.memory.arena[begin:][part]
-            arena.copy_(self._own_hidden[part], non_blocking=True)
+        self._hidden = self._own_block
+        publish_int8(hidden, address(self._own_block), block)
+        if not self._on_card:
+            for first, row_bytes in ((0, block.row_bytes), (block.scale_offset, 4)):
+                part = slice(first, first + len(hidden) * row_bytes)
+                self._arena_block[part].copy_(self._own_block[part], non_blocking=True)
         return None
 
     def _have_shared(self, num_chunks: int) -> None:

@@ -1,0 +1,176 @@
+"""Ranks of transport copy_engine as threads without a GPU: the kernels of rows run on the host, what
+shares and what waits is done here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightmoe.distributed.peers import Road
+from lightmoe.kernels import reference
+from lightmoe.moe.dispatch.copy_engine import ArenaLayout, PeerLane
+from lightmoe.moe.dispatch.summing import SummingLane
+from tests.kernels.exchange_cases import (
+    POSITION_BITS,
+    ChunkArgs,
+    CombineArgs,
+    CountArgs,
+    PlacesArgs,
+    PullArgs,
+    SumArgs,
+)
+
+DTYPE = torch.bfloat16
+CPU = torch.device("cpu")
+_WAIT_SECONDS = 30
+Answer = TypeVar("Answer")
+
+
+def view(address: int, dtype: torch.dtype, *shape: int) -> Tensor:
+    """Memory as a tensor."""
+    num_bytes = torch.Size(shape).numel() * dtype.itemsize
+    memory = (ctypes.c_char * num_bytes).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+class Arenas:
+    """PeerMemory of all ranks, as one of them has it."""
+
+    def __init__(self, arenas: list[Tensor], rank: int, road: Road) -> None:
+        self.road = road
+        self.arena = arenas[rank]
+        self.addresses = [arena.data_ptr() for arena in arenas]
+
+
+class HostLibrary:
+    """liblight_ops for W ranks in one process: `kernels` are those of emulator/exchange.cpp."""
+
+    def __init__(self, kernels: ctypes.CDLL, num_ranks: int) -> None:
+        self._kernels = kernels
+        self._lock = threading.Lock()  # one CTA at a time
+        self._all = threading.Barrier(num_ranks, timeout=_WAIT_SECONDS)
+
+    def launch(self, name: str, device: torch.device, **arguments: Any) -> None:
+        """Run it now."""
+        assert device == CPU
+        getattr(self, f"_{name}")(**arguments)
+
+    def _run(self, name: str, *arguments: Any) -> None:
+        with self._lock:
+            assert getattr(self._kernels, name)(*arguments)
+
+    def _exchange_meet(self, flags: tuple) -> None:
+        self._all.wait()
+
+    def _exchange_share(self, **given: Any) -> None:
+        arenas, (tokens, per_token) = given["flags"][0], (given["num_rows"], 0)
+        per_token, num_experts = given["num_experts_per_token"], given["num_experts"]
+        experts = view(given["experts"], torch.int32, tokens * per_token)
+        if given["pair_index"]:
+            index = view(given["pair_index"], torch.int32, tokens * per_token)
+            prefixes = view(given["prefixes"], torch.int32, given["num_chunks"], num_experts + 1)
+        else:
+            order = experts.argsort(stable=True)
+            index = torch.empty_like(experts).scatter_(0, order, torch.arange(len(order)).int())
+            counts = experts.long().bincount(minlength=num_experts)
+            prefixes = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()[None]
+        chunk = torch.tensor(
+            [
+                max(c for c in range(len(prefixes)) if tokens * c // len(prefixes) <= token)
+                for token in range(tokens)
+            ],
+            dtype=torch.int64,
+        ).repeat_interleave(per_token)
+        place = index - prefixes[chunk, experts.long()]
+        for arena in arenas:
+            at = arena + given["choice_offset"]
+            view(at, torch.int32, len(experts))[:] = experts << POSITION_BITS | place
+            for number, prefix in enumerate(prefixes):
+                row = number * len(arenas) * (num_experts + 1)
+                at = arena + given["prefix_offset"] + 4 * row
+                view(at, torch.int32, num_experts + 1)[:] = prefix
+            if given["weights"]:
+                weights = view(given["weights"], torch.float32, len(experts))
+                view(arena + given["weight_offset"], torch.float32, len(experts))[:] = weights
+        if given["hidden"]:
+            ctypes.memmove(given["published"], given["hidden"], tokens * given["width_bytes"])
+        self._all.wait()
+
+    def _permute_int8(self, **given: Any) -> None:
+        shape = (given["num_rows"], given["width"])
+        codes, scales = reference.permute_int8(
+            view(given["rows"], DTYPE, *shape), torch.arange(shape[0])
+        )
+        view(given["output"], torch.int8, *shape)[:] = codes
+        view(given["scales"], torch.float32, shape[0])[:] = scales
+
+    def _exchange_pull(self, **given: Any) -> None:
+        args = PullArgs(
+            _addresses(PullArgs, "hidden", given["hidden"]),
+            _chunk(given["chunk"]),
+            *(given[name] for name in ("weights", "pair_weight", "rows")),
+            *(given[name] for name in ("scale_offset", "width_bytes", "on_cards")),
+        )
+        self._run("run_pull", ctypes.byref(args), given["as_int8"])
+
+    def _exchange_sum(self, **given: Any) -> None:
+        args = SumArgs(
+            given["pairs"],
+            _addresses(SumArgs, "sums", given["sums"]),
+            _chunk(given["chunk"]),
+            given["scale_offset"],
+            given["width_bytes"],
+        )
+        self._run("run_sum", ctypes.byref(args), False, given["as_int8"])
+
+    def _exchange_combine(self, **given: Any) -> None:
+        args = CombineArgs(
+            _addresses(CombineArgs, "pairs", given["pairs"]),
+            PlacesArgs(*given["places"]),
+            *(given[name] for name in ("choices", "weights", "output", "scale_offset")),
+            *(given[name] for name in ("first_token", "num_tokens", "rank")),
+            *(given[name] for name in ("num_experts_per_token", "width_bytes", "on_cards")),
+            given["summed"],
+        )
+        self._run("run_combine", ctypes.byref(args), False, given["as_int8"])
+
+    def _exchange_count(self, **given: Any) -> None:
+        args = CountArgs(
+            _chunk(given["chunk"]), given["rows_sent"], given["results_sent"], given["summed"]
+        )
+        self._run("run_count", ctypes.byref(args))
+
+
+def _addresses(kind: type[ctypes.Structure], name: str, given: list[int]) -> ctypes.Array:
+    return dict(kind._fields_)[name](*given)
+
+
+def _chunk(given: tuple) -> ChunkArgs:
+    begin, count, places, *rest = given
+    numbers = dict(ChunkArgs._fields_)["begin"]
+    return ChunkArgs(numbers(*begin), numbers(*count), PlacesArgs(*places), *rest)
+
+
+def open_lanes(layout: ArenaLayout, road: Road) -> list[PeerLane]:
+    """A lane a rank, whose arenas are full of bytes that mean nothing."""
+    arenas = [
+        torch.full((layout.num_bytes,), 0xC7, dtype=torch.uint8) for _ in range(layout.num_ranks)
+    ]
+    kind = SummingLane if layout.summed else PeerLane
+    return [
+        kind(layout, Arenas(arenas, rank, road), rank, 1, DTYPE, CPU, 1.0, stream=object())
+        for rank in range(layout.num_ranks)
+    ]
+
+
+def on_threads(num_ranks: int, body: Callable[[int], Answer]) -> list[Answer]:
+    """body(rank) on all ranks at once; the first failure is raised."""
+    with ThreadPoolExecutor(num_ranks) as pool:
+        return list(pool.map(body, range(num_ranks)))

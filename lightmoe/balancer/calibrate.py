@@ -37,7 +37,9 @@ _NEEDED = (
     "comm_ms",
 )
 _SLOWDOWNS = tuple(step / 20 for step in range(15))
-_MORE_SECONDS = (0.0, 5e-6, 10e-6, 20e-6, 40e-6, 80e-6)  # what a stage may cost more in a pipeline
+# What a stage may cost more inside a layer than alone, where the caches are its own.
+_MORE_SECONDS = (0.0, 5e-6, 10e-6, 20e-6, 40e-6, 80e-6, 160e-6, 320e-6)
+_SLOWER = tuple(1 + step / 20 for step in range(11))
 _UNIT_SECONDS = 1e-3
 _LEAST_SHARE = 0.05  # of a measured time, where the latencies alone would explain it
 
@@ -117,7 +119,7 @@ def _fastest(rows: Sequence[Row]) -> list[Row]:
 
 
 def fit_rows(rows: Sequence[Row], topology: Topology) -> Calibration:
-    """Computing and exchanging from the times of each alone, the slowdown from the whole."""
+    """Computing and exchanging from the times of each alone, then what the whole adds to them."""
     compute = _fit_stage(
         rows,
         "compute_ms",
@@ -129,16 +131,23 @@ def fit_rows(rows: Sequence[Row], topology: Topology) -> Calibration:
         lambda row, fit: _alone(row, topology, Calibration(exchange=fit), computing=False),
     )
     fitted = Calibration(compute=compute, exchange=exchange)
-    if all(_is_serial(row) for row in rows):
-        return fitted
     # One parameter after the other; the slowdown again once the others are known.
-    for change in (_slowdowns, _longer_computing, _longer_exchanges, _slowdowns):
+    changes = [_slower_computing, _longer_computing, _longer_exchanges]
+    if not all(_is_serial(row) for row in rows):
+        changes = [_slowdowns, *changes, _slowdowns]
+    for change in changes:
         fitted = min(change(fitted), key=lambda found: _whole_error(rows, topology, found))
     return fitted
 
 
 def _slowdowns(fitted: Calibration) -> list[Calibration]:
     return [replace(fitted, slowdown=slowdown) for slowdown in _SLOWDOWNS]
+
+
+def _slower_computing(fitted: Calibration) -> list[Calibration]:
+    alone = fitted.compute
+    slower = (replace(alone, factor=alone.factor * times) for times in _SLOWER)
+    return [replace(fitted, compute=stage) for stage in slower]
 
 
 def _longer_computing(fitted: Calibration) -> list[Calibration]:

@@ -111,7 +111,8 @@ class AttentionStep:
 class Attention:
     """Grouped-query attention with rotary positions, and query and key norms where given.
 
-    `query_key_value` is one product, [T, D] -> [T, (H + 2 KV heads) x head_dim].
+    `query_key_value` is one product, [T, D] -> [T, (H + 2 KV heads) x head_dim]; the cache says how
+    wide a head is and how many have keys. `norms` are those of queries and of keys.
     """
 
     def __init__(

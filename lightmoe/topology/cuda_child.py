@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ HOST = -1
 COPY_BYTES = 64 << 20
 PATTERN_BYTES = 8 << 20
 SMALL_BYTES = 1 << 10
+SMALL_COPIES = 100
 MATMUL_SIZE = 8192
 SPEED_SECONDS = 0.3
 
@@ -39,12 +39,13 @@ class Lane:
     started: torch.cuda.Event
     ended: torch.cuda.Event
 
-    def copy(self) -> None:
-        """One copy, not waited for."""
+    def copy(self, count: int = 1) -> None:
+        """So many copies in a row, not waited for."""
         with ExitStack() as stack:
             for stream in self.streams:
                 stack.enter_context(torch.cuda.stream(stream))
-            self.target.copy_(self.source, non_blocking=True)
+            for _ in range(count):
+                self.target.copy_(self.source, non_blocking=True)
 
     @property
     def own_stream(self) -> torch.cuda.Stream:
@@ -84,15 +85,10 @@ def copy_rates(copies: list[list[int]], cpus: list[list[int]], seconds: float) -
 
 
 def latency_seconds(source: int, target: int, cpus: list[list[int]]) -> float:
-    """Median time of one small copy and the wait for it."""
+    """Least time of one small copy of many in a row on the cards' own streams."""
     lane = _lane(source, target, cpus, SMALL_BYTES)
-    samples = []
-    for _ in range(60):
-        started = time.perf_counter()
-        lane.copy()
-        lane.own_stream.synchronize()
-        samples.append(time.perf_counter() - started)
-    return statistics.median(samples[10:])
+    _run([lane], SMALL_COPIES)
+    return min(_run([lane], SMALL_COPIES)[0] for _ in range(10)) / SMALL_COPIES
 
 
 def speed(card: int) -> dict[str, float]:
@@ -159,9 +155,12 @@ def _run(lanes: list[Lane], count: int) -> list[float]:
     """Seconds of `count` copies on every lane, from each lane's first to its last."""
     for lane in lanes:
         lane.started.record(lane.own_stream)
-    for _ in range(count):
-        for lane in lanes:
-            lane.copy()
+    if len(lanes) == 1:
+        lanes[0].copy(count)
+    else:
+        for _ in range(count):
+            for lane in lanes:
+                lane.copy()
     for lane in lanes:
         lane.ended.record(lane.own_stream)
     for lane in lanes:

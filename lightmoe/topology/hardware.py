@@ -80,7 +80,7 @@ class Hardware(Protocol):
         ...
 
     def latency_seconds(self, copy: Copy) -> float:
-        """Time of one copy of a few bytes, with the wait for its end."""
+        """Time of one copy of a few bytes, of many in a row: the host does not wait for each."""
         ...
 
     def speed(self, card: int) -> Speed:

@@ -1,10 +1,11 @@
-"""What ranks of copy_engine answer when they give sums, as they are or as int8, is what the bench of
+"""What copy_engine's ranks answer when they give sums, as they are or as int8, is what the bench of
 their accuracy emulates, bit by bit; and what they count as sent is the formula.
 """
 
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,7 @@ def test_ranks_answer_as_the_bench_emulates(
         for _, one in layers:
             one.tokens_per_rank = tokens
 
-        answers = on_threads(NUM_RANKS, lambda rank: layers[rank][0](hidden[rank]))
+        answers = on_threads([partial(layers[rank][0], rows) for rank, rows in enumerate(hidden)])
 
         for rows, answer in zip(hidden, answers, strict=True):
             assert torch.equal(answer, alone(rows))
@@ -144,7 +145,7 @@ def test_ranks_count_what_they_send(summed: bool, as_int8: bool) -> None:
         lane.count_sent()
         group.tokens_per_rank = tokens
 
-    on_threads(NUM_RANKS, lambda rank: layers[rank][0](hidden[rank]))
+    on_threads([partial(layers[rank][0], rows) for rank, rows in enumerate(hidden)])
 
     targets = [homes[layers[0][0].gate(rows).experts.long()] for rows in hidden]
     row_bytes = WIDTH + 4 if as_int8 else 2 * WIDTH

@@ -113,19 +113,20 @@ def test_heads_are_normed_before_they_turn(
     emulated: ctypes.CDLL, sizes: tuple[int, int, int, int]
 ) -> None:
     case = Case(*sizes)
-    num_tokens, num_heads, num_kv_heads, width = sizes
+    _, num_heads, num_kv_heads, width = sizes
 
     query, keys, values = case.emulate(emulated, norms=True)
 
     heads = case.product.unflatten(1, (-1, width))
     turned, value = heads[:, :-num_kv_heads].double(), heads[:, -num_kv_heads:]
-    weights = torch.cat(
+    parts = turned.split([num_heads, num_kv_heads], dim=1)
+    normed = torch.cat(
         [
-            weight.double().expand(number, width)
-            for weight, number in zip(case.norms, (num_heads, num_kv_heads), strict=True)
-        ]
+            reference.rms_norm(part, weight.double(), EPSILON)
+            for part, weight in zip(parts, case.norms, strict=True)
+        ],
+        dim=1,
     )
-    normed = weights * reference.rms_norm(turned, torch.ones(width, dtype=torch.float64), EPSILON)
     cos, sin = (table.double() for table in case.tables)
     wanted = reference.rotate(normed, (cos, sin))
     # Heads, products and their sum were rounded.

@@ -1,4 +1,4 @@
-"""How the gate, combine and permute are launched, over a driver that tells (drivers.py)."""
+"""How the gate and the kernels of rows are launched, over a driver that tells (drivers.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightmoe.kernels import workspace
 from lightmoe.kernels.topk_gate import FUSED_TOKENS, MAX_EXPERTS, MAX_FUSED_WIDTH
 from tests.kernels.drivers import BIND, Call, call, launches, opened
 
-STEMS = ("topk_gate", "combine", "permute")
+STEMS = ("topk_gate", "combine", "permute", "rotary_cache", "add_norm")
 LAUNCH = re.compile(r"launch (\w+) grid (\d+) block (\d+) shared (\d+)")
 
 
@@ -322,6 +322,118 @@ def test_rows_that_are_refused(
     lines = call(
         host_library, fake_driver, opened(kernels), BIND, (name, [], common | own | changes)
     )
+
+    assert launches(lines) == []
+    assert lines[-1].startswith(f"{name}: 4 {name}: ")
+    assert said in lines[-1]
+
+
+POINTERS = ("heads", "cos", "sin", "cache_rows", "query", "keys", "values")
+ROTARY_CACHE = dict.fromkeys(POINTERS, 16) | {
+    "query_weight": 0,
+    "key_weight": 0,
+    "table_stride": 256,
+    "epsilon": 1e-5,
+    "sizes": [3, 32, 8, 128],
+    "dtype": 1,
+    "stream": 7,
+}
+ADD_NORM = dict.fromkeys(("hidden", "addend", "weight", "sum", "normed"), 16) | {
+    "epsilon": 1e-5,
+    "num_rows": 5,
+    "width": 4096,
+    "dtype": 1,
+    "stream": 7,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "grid"),
+    [
+        ({}, "rotary_cache_bf16", 18),  # two heads a warp
+        ({"dtype": 0, "query_weight": 16, "key_weight": 16}, "rotary_cache_f16", 18),
+        ({"sizes": [1, 1, 1, 8]}, "rotary_cache_bf16", 1),
+        ({"sizes": [1, 43, 43, 8]}, "rotary_cache_bf16", 2),  # one head a lane
+        ({"sizes": [5, 2, 1, 40]}, "rotary_cache_bf16", 2),  # 5 of 8 lanes work
+        ({"sizes": [5, 2, 1, 576]}, "rotary_cache_bf16", 5),  # one head a warp
+    ],
+)
+def test_heads_are_dealt_to_lanes(
+    host_library: Path, fake_driver: Path, kernels: Path, changes: dict, name: str, grid: int
+) -> None:
+    wanted = ("rotary_cache", [], ROTARY_CACHE | changes)
+
+    assert one_launch(host_library, fake_driver, kernels, wanted) == (name, grid, 128, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "threads"),
+    [
+        ({}, "add_norm_bf16", 512),
+        ({"dtype": 0}, "add_norm_f16", 512),
+        ({"width": 8}, "add_norm_bf16", 32),
+        ({"width": 264}, "add_norm_bf16", 64),
+        ({"width": 8192}, "add_norm_bf16", 1024),
+        ({"width": 16384}, "add_norm_bf16", 1024),
+    ],
+)
+def test_a_cta_norms_a_row(
+    host_library: Path, fake_driver: Path, kernels: Path, changes: dict, name: str, threads: int
+) -> None:
+    wanted = ("add_norm", [], ADD_NORM | changes)
+
+    assert one_launch(host_library, fake_driver, kernels, wanted) == (name, 5, threads, 0)
+
+
+def test_rows_of_a_layer_start_while_the_kernel_before_them_ends(
+    host_library: Path, fake_driver: Path, kernels: Path
+) -> None:
+    calls: list[Call] = [("rotary_cache", [], ROTARY_CACHE), ("add_norm", [], ADD_NORM)]
+
+    lines = call(host_library, fake_driver, opened(kernels), BIND, *calls, FAKE_CAPABILITY=90)
+
+    assert [line.partition("stream")[2] for line in launches(lines)] == [
+        f" 7 attributes {OVERLAPPED}"
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "nothing"),
+    [("rotary_cache", {"sizes": [0, 32, 8, 128]}), ("add_norm", {"num_rows": 0})],
+)
+def test_no_rows_are_no_launch(
+    host_library: Path, fake_driver: Path, kernels: Path, name: str, nothing: dict
+) -> None:
+    arguments = ROTARY_CACHE if name == "rotary_cache" else ADD_NORM
+
+    lines = call(host_library, fake_driver, opened(kernels), BIND, (name, [], arguments | nothing))
+
+    assert launches(lines) == []
+    assert lines[-1] == f"{name}: 0"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("rotary_cache", {"sizes": [3, 32, 8, 12]}, "width 12, table_stride 256; the width must"),
+        ("rotary_cache", {"sizes": [3, 32, 0, 128]}, "3 tokens of 32 heads and 0 of keys"),
+        ("rotary_cache", {"table_stride": 130}, "table_stride 130; the width must"),
+        ("rotary_cache", {"query_weight": 16}, "one of query_weight and key_weight is null"),
+        ("rotary_cache", {"dtype": 2}, "dtype 2 is neither fp16 nor bf16"),
+        ("rotary_cache", {"cache_rows": 0}, "an input or output is null"),
+        ("rotary_cache", {"sizes": [2**28, 32, 8, 8]}, "12884901888 heads of width 8 are too many"),
+        ("add_norm", {"width": 12}, "5 rows of width 12, which must be a multiple of 8"),
+        ("add_norm", {"num_rows": -1}, "-1 rows of width 4096"),
+        ("add_norm", {"dtype": 2}, "dtype 2 is neither fp16 nor bf16"),
+        ("add_norm", {"addend": 0}, "an input or output is null"),
+    ],
+)
+def test_rows_of_a_layer_that_are_refused(
+    host_library: Path, fake_driver: Path, kernels: Path, name: str, changes: dict, said: str
+) -> None:
+    arguments = ROTARY_CACHE if name == "rotary_cache" else ADD_NORM
+
+    lines = call(host_library, fake_driver, opened(kernels), BIND, (name, [], arguments | changes))
 
     assert launches(lines) == []
     assert lines[-1].startswith(f"{name}: 4 {name}: ")

@@ -1,12 +1,12 @@
-"""Ranks of transport copy_engine as threads without a GPU: the kernels of rows run on the host, what
-shares and what waits is done here.
+"""Ranks of transport copy_engine as threads without a GPU: the kernels of rows run on the host, and
+what shares and what waits is done here.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -29,13 +29,15 @@ from tests.kernels.exchange_cases import (
 
 DTYPE = torch.bfloat16
 CPU = torch.device("cpu")
-_WAIT_SECONDS = 30
+_WAIT_SECONDS = 20
 Answer = TypeVar("Answer")
 
 
 def view(address: int, dtype: torch.dtype, *shape: int) -> Tensor:
     """Memory as a tensor."""
     num_bytes = torch.Size(shape).numel() * dtype.itemsize
+    if not num_bytes:
+        return torch.empty(shape, dtype=dtype)
     memory = (ctypes.c_char * num_bytes).from_address(address)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
@@ -60,7 +62,11 @@ class HostLibrary:
     def launch(self, name: str, device: torch.device, **arguments: Any) -> None:
         """Run it now."""
         assert device == CPU
-        getattr(self, f"_{name}")(**arguments)
+        try:
+            getattr(self, f"_{name}")(**arguments)
+        except BaseException:
+            self._all.abort()
+            raise
 
     def _run(self, name: str, *arguments: Any) -> None:
         with self._lock:
@@ -70,7 +76,7 @@ class HostLibrary:
         self._all.wait()
 
     def _exchange_share(self, **given: Any) -> None:
-        arenas, (tokens, per_token) = given["flags"][0], (given["num_rows"], 0)
+        arenas, tokens = given["flags"][0], given["num_rows"]
         per_token, num_experts = given["num_experts_per_token"], given["num_experts"]
         experts = view(given["experts"], torch.int32, tokens * per_token)
         if given["pair_index"]:
@@ -102,6 +108,10 @@ class HostLibrary:
         if given["hidden"]:
             ctypes.memmove(given["published"], given["hidden"], tokens * given["width_bytes"])
         self._all.wait()
+
+    def _permute(self, **given: Any) -> None:
+        num_rows = int(view(given["row_count"], torch.int32, 1))
+        ctypes.memmove(given["output"], given["rows"], num_rows * given["width_bytes"])
 
     def _permute_int8(self, **given: Any) -> None:
         shape = (given["num_rows"], given["width"])
@@ -153,9 +163,18 @@ def _addresses(kind: type[ctypes.Structure], name: str, given: list[int]) -> cty
 
 
 def _chunk(given: tuple) -> ChunkArgs:
-    begin, count, places, *rest = given
+    begin, count, places, choices, stride, rank, per_token = given
     numbers = dict(ChunkArgs._fields_)["begin"]
-    return ChunkArgs(numbers(*begin), numbers(*count), PlacesArgs(*places), *rest)
+    return ChunkArgs(
+        numbers(*begin),
+        numbers(*count),
+        PlacesArgs(*places),
+        choices,
+        stride,
+        rank,
+        len(begin),
+        per_token,
+    )
 
 
 def open_lanes(layout: ArenaLayout, road: Road) -> list[PeerLane]:
@@ -170,7 +189,13 @@ def open_lanes(layout: ArenaLayout, road: Road) -> list[PeerLane]:
     ]
 
 
-def on_threads(num_ranks: int, body: Callable[[int], Answer]) -> list[Answer]:
-    """body(rank) on all ranks at once; the first failure is raised."""
-    with ThreadPoolExecutor(num_ranks) as pool:
-        return list(pool.map(body, range(num_ranks)))
+def on_threads(calls: Sequence[Callable[[], Answer]]) -> list[Answer]:
+    """What each rank's call returns, made all at once; a failure is raised."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        started = [pool.submit(call) for call in calls]
+    failures = [failure for one in started if (failure := one.exception()) is not None]
+    for failure in failures:
+        if not isinstance(failure, threading.BrokenBarrierError):
+            raise failure
+    assert not failures, "a rank waited for others in vain"
+    return [one.result() for one in started]

@@ -9,6 +9,7 @@ min(compute, communication). Every rank has as many tokens; the time is the slow
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,12 +21,12 @@ from ep_ranks import SHAPES, RankLayer, run_ranks
 from lightmoe.distributed.communicator import Communicator
 from lightmoe.moe.overlap_model import Overlap
 
-CHUNKS = (1, 2, 3, 4)
 PRINTED = (
     "shape",
     "tokens_per_rank",
     "chunks",
     "exchange_ctas",
+    "idle",
     "naive_ms",
     "gathered_ms",
     "compute_ms",
@@ -46,6 +47,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192])
     parser.add_argument("--road", choices=SETTINGS, default="ipc")
     parser.add_argument("--exchange-ctas", type=int, nargs="+", default=[4, 8, 12, 16])
+    parser.add_argument(
+        "--idle", type=int, nargs="+", default=[4], help="multiprocessors left to neither"
+    )
+    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--skip-naive", action="store_true")
     parser.add_argument("--commit", help="the commit that is measured, where git does not know")
     options = parser.parse_args()
@@ -100,15 +105,17 @@ def bench_shape(
         "comm_ms": comm_ms,
         "limit_ms": limit_ms,
     }
-    for chunks in CHUNKS:
-        for ctas in options["exchange_ctas"] if chunks > 1 else [0]:
-            overlap = Overlap(num_chunks=chunks, expert_ctas=num_sms - ctas)
+    for chunks in options["chunks"]:
+        shares = itertools.product(options["exchange_ctas"], options["idle"])
+        for ctas, idle in shares if chunks > 1 else [(0, 0)]:
+            overlap = Overlap(num_chunks=chunks, expert_ctas=num_sms - ctas - idle)
             layer = own.layer(overlap, exchange_ctas=ctas)
             times = own.measure(lambda layer=layer: layer(hidden))
             ours_ms = times["median"]
             yield common | {
                 "chunks": chunks,
                 "exchange_ctas": ctas,
+                "idle": idle,
                 "ours_ms": ours_ms,
                 "ours_min_ms": times["min"],
                 "ours_max_ms": times["max"],

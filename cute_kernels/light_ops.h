@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define LIGHT_OPS_ABI 2
+#define LIGHT_OPS_ABI 3
 
 #if defined(__GNUC__) && !defined(__CUDACC__)
 #define LIGHT_API __attribute__((visibility("default")))

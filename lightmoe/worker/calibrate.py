@@ -30,6 +30,10 @@ from lightmoe.moe.overlap_model import (
 FEWEST_TOKENS = 256
 """Steps below it are not cut: their stages are launches."""
 
+IDLE_MULTIPROCESSORS = 4
+"""Left to neither: a product's thread block that finds no multiprocessor starts when the exchange
+ends, and its share of the tiles is then late."""
+
 HALVES_MARGIN = 0.15
 """Two halves must be predicted to save this share: products of half the rows are a little slower,
 and a step with a prompt on few ranks has less to hide than these times say. Where 10 % were
@@ -75,7 +79,7 @@ def _expert_ctas(lane: PeerLane) -> int:
     """Multiprocessors that the exchange leaves to the experts."""
     device = lane.rows.device
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(num_sms // 2, num_sms - lane.exchange_ctas)
+    return max(num_sms // 2, num_sms - lane.exchange_ctas - IDLE_MULTIPROCESSORS)
 
 
 def decide(stages: Stages, max_tokens: int, expert_ctas: int) -> tuple[Overlap, str]:

@@ -10,12 +10,13 @@ import contextlib
 import secrets
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -30,6 +31,7 @@ Progress = Callable[[str, int, int], None]
 
 _START_TIMEOUT_SECONDS = 120.0
 _LOAD_TIMEOUT_SECONDS = 1800.0
+_GIVE_BACK_SECONDS = 2.0
 _TRACE_SECONDS = 20.0
 """How long ranks may take to write their traces when the end comes early."""
 
@@ -190,8 +192,20 @@ class RayWorkerGroup:
             for actor in self._actors:
                 ray.kill(actor)
             if self._group is not None:
-                remove_placement_group(self._group)
+                _give_back(self._group)
         ray_cluster.release()
+
+
+def _give_back(group: PlacementGroup) -> None:
+    """Remove a placement group, unless its Ray has died before us: then that would wait for ever."""
+
+    def remove() -> None:
+        with contextlib.suppress(RayError):  # what is gone holds nothing
+            remove_placement_group(group)
+
+    thread = threading.Thread(target=remove, name="lightmoe-give-back", daemon=True)
+    thread.start()
+    thread.join(_GIVE_BACK_SECONDS)
 
 
 def _gather(

@@ -70,7 +70,7 @@ def test_defaults_of_the_contract() -> None:
         ({"model": ""}, "model is ''; give a text that is not empty"),
         ({"api_key": ""}, "api_key is ''"),
         ({"seed": 1.5}, "seed is 1.5; give an integer from 0"),
-        ({"routing_skew": "zipf"}, """routing_skew is 'zipf'; give "uniform", or "zipf:1.0" with"""),
+        ({"routing_skew": "zipf"}, """routing_skew is 'zipf'; give "uniform", or "zipf:1.0\""""),
         ({"routing_skew": "zipf:11"}, "a number up to 10"),
         ({"routing_skew": "zipf:-1"}, "routing_skew is 'zipf:-1'"),
     ],

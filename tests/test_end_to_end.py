@@ -213,7 +213,7 @@ def test_a_killed_rank_ends_the_server_with_its_name() -> None:
         (["launch", "--gpus", "2"], 2, "--model"),
         (["launch", "--gpus", "2", "--model", "gpt-99"], 1, "mixtral-lite"),
         (["launch", "--gpus", "2", "--model", "mixtral-8x7b"], 1, "--load-format dummy"),
-        (["launch", "--gpus", "10", "--device", "cuda", "--model", "mixtral-lite"], 1, "--device cpu"),
+        (["launch", "--device", "cuda", "--gpus", "2", "--model", "mixtral-lite"], 1, "device cpu"),
         (["heatmap", "--url", "http://127.0.0.1:9"], 1, "lightmoe launch"),
     ],
 )

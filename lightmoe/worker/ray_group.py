@@ -197,7 +197,7 @@ class RayWorkerGroup:
 
 
 def _give_back(group: PlacementGroup) -> None:
-    """Remove a placement group, unless its Ray has died before us: then that would wait for ever."""
+    """Remove a placement group. If its Ray has died before us, that would wait for ever."""
 
     def remove() -> None:
         with contextlib.suppress(RayError):  # what is gone holds nothing

@@ -33,7 +33,7 @@ _HELP = {
     "transport": "How rows travel between ranks; auto: gloo on CPUs, copy_engine on GPUs.",
     "overlap": "Exchange behind compute: auto times both and decides; off; halves: always in two.",
     "peer_memory": "Where copy_engine meets: auto takes the cards where they reach each other.",
-    "payload": "Rows between copy_engine's ranks; int8 has half the bytes, and rounds.",
+    "payload": "Rows between ranks (copy_engine); int8: half the bytes, rounded; untested on GPUs.",
     "route": "How tokens are split over the replicas of an expert.",
     "load_format": "dummy makes weights up: config.json is enough, prompts are token ids.",
     "deterministic": "on: the same tokens whatever runs beside a request; off: faster on a GPU.",

@@ -97,7 +97,7 @@ def resolve(config: LaunchConfig, driver: Driver) -> Resolved:
         reason=devices.reason,
         cards=devices.cards,
     )
-    return replace(resolved, payload=_payload(config, resolved, driver))
+    return replace(resolved, payload=_payload(config, resolved))
 
 
 def _transport(config: LaunchConfig, devices: Devices) -> str:
@@ -275,20 +275,15 @@ def _meet_on_host(config: LaunchConfig, resolved: Resolved, driver: Driver) -> b
     return alone or config.peer_memory == "host"
 
 
-def _payload(config: LaunchConfig, resolved: Resolved, driver: Driver) -> Payload:
-    """How rows travel; auto: as int8 where they cross the host's memory and may be rounded."""
+def _payload(config: LaunchConfig, resolved: Resolved) -> Payload:
+    """How rows travel; UsageError where nothing carries int8."""
     fits = resolved.transport == "copy_engine" and resolved.dtype != "float32"
     if config.payload == "int8" and not fits:
         raise UsageError(
             f"payload int8 is for 16 bits and transport copy_engine, and here is {resolved.dtype}"
-            f" and {resolved.transport}; take payload auto or full"
+            f" and {resolved.transport}; take payload full"
         )
-    wanted = config.payload == "int8" or (
-        config.payload == "auto"
-        and config.deterministic == "off"
-        and _meet_on_host(config, resolved, driver)
-    )
-    return "int8" if fits and wanted else "full"
+    return config.payload
 
 
 def _exchange_bytes(config: LaunchConfig, model: ModelConfig, resolved: Resolved) -> int:
@@ -298,14 +293,12 @@ def _exchange_bytes(config: LaunchConfig, model: ModelConfig, resolved: Resolved
     # Imported here: without a GPU the driver's process needs no torch.
     from lightmoe.worker.peers import exchange_bytes
 
-    element_bytes = _ELEMENT_BYTES[resolved.dtype]
     return exchange_bytes(
         model,
         config.gpus,
         config.max_num_batched_tokens,
-        element_bytes,
-        deterministic=config.deterministic == "on",
-        payload=resolved.payload,
+        _ELEMENT_BYTES[resolved.dtype],
+        as_int8=resolved.payload == "int8",
     )
 
 
@@ -359,7 +352,7 @@ def _summary(
         f" {min(slots)}-{max(slots)} experts a rank; context {sizing.max_model_len},"
         f" KV cache {sizing.cache_bytes / 2**20:.0f} MiB a rank; kernels: {kernels},"
         f" deterministic {config.deterministic}"
-        + (", payload int8" if resolved.payload == "int8" else "")
+        + (", payload int8 (untested among GPUs)" if resolved.payload == "int8" else "")
         + (f"; {overlap}" if overlap else "")
         + (f"; ROUTING IS MADE UP: {config.routing_skew}" if config.routing_skew else "")
     )

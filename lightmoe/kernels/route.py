@@ -49,7 +49,8 @@ def route_split(
         raise UsageError(f"{_STEM}: rows of source_offsets or copy_ranks have gaps; give a copy")
     require_cuda(_STEM, **tensors)
     num_copies = copy_ranks.shape[1]
-    most_tiles = max_pairs // tokens_per_tile + min(num_experts, max_pairs)
+    # One where there are no pairs: memory of no size has no address.
+    most_tiles = max(1, max_pairs // tokens_per_tile + min(num_experts, max_pairs))
     sizes = [2 * num_ranks * num_experts * num_copies, num_experts + 1, num_experts + 1]
     sizes += [most_tiles, num_ranks]
     memory = torch.empty(sum(sizes), dtype=torch.int32, device=source_offsets.device)

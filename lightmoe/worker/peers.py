@@ -9,7 +9,7 @@ from lightmoe.distributed.peers import PeerMemory, Road
 from lightmoe.models.config import ModelConfig
 from lightmoe.moe.dispatch.copy_engine import ArenaLayout, PeerLane
 from lightmoe.moe.dispatch.summing import SummingLane
-from lightmoe.worker.config import Payload, WorkerConfig
+from lightmoe.worker.config import WorkerConfig
 from lightmoe.worker.graphs import MAX_BATCH
 
 
@@ -19,8 +19,7 @@ def arena_layout(
     max_tokens: int,
     element_bytes: int,
     *,
-    deterministic: bool,
-    payload: Payload,
+    as_int8: bool,
 ) -> ArenaLayout:
     """The arenas of ranks that run up to `max_tokens` each in a step."""
     return ArenaLayout(
@@ -30,8 +29,8 @@ def arena_layout(
         num_experts_per_token=model.num_experts_per_tok,
         width=model.hidden_size,
         element_bytes=element_bytes,
-        summed=not deterministic,
-        as_int8=payload == "int8",
+        summed=as_int8,  # a code has one scale, so results of a token are added up before
+        as_int8=as_int8,
     )
 
 
@@ -41,8 +40,7 @@ def exchange_bytes(
     max_tokens: int,
     element_bytes: int,
     *,
-    deterministic: bool,
-    payload: Payload,
+    as_int8: bool,
 ) -> int:
     """What the transport takes of a rank's card, the products' intermediate rows included.
 
@@ -55,8 +53,7 @@ def exchange_bytes(
             num_ranks,
             tokens,
             element_bytes,
-            deterministic=deterministic,
-            payload=payload,
+            as_int8=as_int8,
         )
         inner_bytes = layout.max_pairs * model.moe_intermediate_size * element_bytes
         total += layout.num_bytes + layout.device_bytes + inner_bytes
@@ -96,8 +93,7 @@ def _open(
         control.num_ranks,
         max_tokens,
         dtype.itemsize,
-        deterministic=config.deterministic,
-        payload=config.payload,
+        as_int8=config.payload == "int8",
     )
     road: Road = "host" if config.peers_on_host else "ipc"
     memory = PeerMemory(control, device, layout.num_bytes, road)

@@ -235,7 +235,8 @@ def test_the_summary_says_what_was_chosen(llm: LLM) -> None:
     assert "cpu (" in llm.summary
     assert "float32, transport gloo, route waterfill" in llm.summary
     assert "2 homes + 1 spares" in llm.summary
-    assert llm.summary.endswith("kernels: reference (the CPU), deterministic on")
+    assert "kernels: reference (the CPU), deterministic on" in llm.summary
+    assert llm.summary.endswith("no overlap: this transport waits for the host")
 
 
 def test_close_ends_it_for_good_and_may_be_called_twice(llm: LLM) -> None:

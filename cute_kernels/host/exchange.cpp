@@ -116,7 +116,8 @@ light_status light_exchange_share(const light_exchange_share_args *args, int max
                        args->num_tokens, args->num_chunks, args->num_experts,
                        1 << LIGHT_CHOICE_POSITION_BITS);
   }
-  if (args->pair_index == nullptr) {
+  // Not by pair_index: of a rank without tokens that is null, too.
+  if (args->prefixes == nullptr) {
     if (args->num_tokens * args->num_experts_per_token > LIGHT_COUNTED_PAIRS ||
         args->num_chunks != 1) {
       return light::fail(LIGHT_BAD_ARGUMENT,

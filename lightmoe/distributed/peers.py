@@ -91,6 +91,7 @@ def _open_on_host(
 ) -> tuple[list[int], Tensor]:
     runtime = _cuda_runtime()
     path = _SHARED_FOLDER / f"lightmoe-{secrets.token_hex(8)}"
+    close.callback(path.unlink, missing_ok=True)
     mine = _map_file(path, num_bytes, os.O_CREAT | os.O_EXCL | os.O_RDWR, close)
     names = gather_bytes(control, path.name.encode().ljust(_NAME_BYTES))
     addresses = []

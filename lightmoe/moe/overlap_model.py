@@ -15,6 +15,9 @@ MAX_CHUNKS = 8
 MARGIN = 0.05
 """Overlap must be predicted to save this share of the serial time: a fit is no better than that."""
 
+FEWEST_TOKENS = 256
+"""Of the fullest rank; smaller steps are not cut: their stages are launches, and may be padded."""
+
 _CLOCK_SECONDS = 1e-6  # times below it are not told apart
 
 
@@ -81,7 +84,7 @@ class Overlap:
         """Chunks for so many tokens on the fullest rank: the same number on every rank."""
         if self.num_chunks is not None:
             return max(1, min(self.num_chunks, num_tokens))
-        if self.costs is None:
+        if self.costs is None or num_tokens < FEWEST_TOKENS:
             return 1
         return choose_chunks(self.costs, num_tokens).num_chunks
 

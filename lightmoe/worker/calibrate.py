@@ -19,6 +19,7 @@ from lightmoe.moe.dispatch import ExpertGroup
 from lightmoe.moe.dispatch.copy_engine import CopyEngineDispatcher, PeerLane
 from lightmoe.moe.layer import MoELayer
 from lightmoe.moe.overlap_model import (
+    FEWEST_TOKENS,
     MARGIN,
     LayerCosts,
     Overlap,
@@ -26,9 +27,6 @@ from lightmoe.moe.overlap_model import (
     fit,
     pipeline_seconds,
 )
-
-FEWEST_TOKENS = 256
-"""Steps below it are not cut: their stages are launches."""
 
 IDLE_MULTIPROCESSORS = 4
 """Left to neither: a product's thread block that finds no multiprocessor starts when the exchange
@@ -87,9 +85,7 @@ def decide(stages: Stages, max_tokens: int, expert_ctas: int) -> tuple[Overlap, 
     sizes = [size for size in _doublings(max_tokens) if size >= FEWEST_TOKENS]
     serial = {size: pipeline_seconds(stages.alone, size, 1) for size in sizes}
     saving = [
-        size
-        for size in sizes
-        if _halves_seconds(stages, size) < (1 - HALVES_MARGIN) * serial[size]
+        size for size in sizes if _halves_seconds(stages, size) < (1 - HALVES_MARGIN) * serial[size]
     ]
     times = f"{max_tokens} tokens a rank: {_ms(serial[max_tokens])} a layer in turn"
     if max_tokens in saving:
@@ -136,6 +132,9 @@ def _time_stages(
         beside = [_time(layer, group, lane, size, expert_ctas) for size in sizes]
     finally:
         group.in_halves, group.tokens_per_rank = False, before
+        lane.count_pairs()
+        lane.take_pairs()  # what was timed was nobody's
+        lane.take_bytes_sent()
     return Stages(_fit(sizes, alone), _fit(sizes, beside))
 
 

@@ -49,7 +49,8 @@ class Runner:
         )
         if graphs is not None and num_rows and graphs.fits(batch.sequences):
             return self._result(batch, self._replay(graphs, batch, num_rows), started)
-        rows, sampled = self._forward(batch)
+        # Ranks that replay a padded step's graph run it whole, so it is cut in two on none.
+        rows, sampled = self._forward(batch, whole=num_rows > 0)
         for lane in self._group.lanes:
             lane.count_pairs()
         tokens: tuple[SampledToken, ...] = ()
@@ -58,10 +59,10 @@ class Runner:
                 tokens = choose(self._decoder.logits(rows), sampled)
         return self._result(batch, tokens, started)
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, Sampled]:
+    def _forward(self, batch: Batch, *, whole: bool) -> tuple[Tensor, Sampled]:
         """The last rows [sampled, D] of the sequences that get a token, and which these are."""
         decoder = self._decoder
-        if decoder.overlap.cuts_in_two(max(batch.tokens_per_rank)):
+        if not whole and decoder.overlap.cuts_in_two(max(batch.tokens_per_rank)):
             return self._forward_halves(batch)
         with span("inputs"):
             inputs = step_inputs(batch.sequences, self._cache, decoder.rotary)

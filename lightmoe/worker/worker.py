@@ -124,7 +124,11 @@ class Worker:
         )
         with torch.inference_mode():
             overlap, why = choose_overlap(
-                decoder, group, config.max_num_batched_tokens, config.overlap
+                decoder,
+                group,
+                config.max_num_batched_tokens,
+                # A record of the routing takes each layer's tokens at once.
+                "off" if config.max_recorded_tokens else config.overlap,
             )
         decoder.set_overlap(overlap)
         # What is recorded for a trace of the routing is counted on the host.

@@ -117,6 +117,12 @@ def wanted(name: str, **changes: object) -> Call:
         ("exchange_share", {"hidden": 0}, ("exchange_share", 1, 512)),
         ("exchange_share", {"max_ctas": 3}, ("exchange_share", 3, 512)),
         ("exchange_share", {"weights": 16}, ("exchange_share", 7, 512)),
+        # A rank without tokens: what it sorted has no address.
+        (
+            "exchange_share",
+            {"pair_index": 0, "experts": 0, "num_tokens": 0, "num_rows": 0},
+            ("exchange_share", 1, 512),
+        ),
         # One CTA counts pairs that were not sorted.
         (
             "exchange_share",
@@ -243,10 +249,10 @@ MANY = [16] * 65
         ("exchange_share", {"num_tokens": 1 << 20}, "1048576 tokens in 2 chunks"),
         ("exchange_share", {"num_experts": 513}, "513 experts"),
         ("exchange_share", {"num_experts_per_token": 17}, "17 experts per token"),
-        ("exchange_share", {"pair_index": 0}, "in 2 chunks are not counted here"),
+        ("exchange_share", {"prefixes": 0}, "in 2 chunks are not counted here"),
         (
             "exchange_share",
-            {"pair_index": 0, "num_chunks": 1, "num_tokens": 513},
+            {"prefixes": 0, "num_chunks": 1, "num_tokens": 513},
             "513 tokens of 2 experts in 1 chunks are not counted here",
         ),
         ("exchange_meet", {"flags": (MANY, 0, 16, 16, 1, 0)}, "rank 0 of 65 ranks"),

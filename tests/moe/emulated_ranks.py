@@ -79,7 +79,7 @@ class HostLibrary:
         arenas, tokens = given["flags"][0], given["num_rows"]
         per_token, num_experts = given["num_experts_per_token"], given["num_experts"]
         experts = view(given["experts"], torch.int32, tokens * per_token)
-        if given["pair_index"]:
+        if given["prefixes"]:
             index = view(given["pair_index"], torch.int32, tokens * per_token)
             prefixes = view(given["prefixes"], torch.int32, given["num_chunks"], num_experts + 1)
         else:

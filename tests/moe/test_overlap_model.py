@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from lightmoe.errors import UsageError
 from lightmoe.moe.overlap_model import (
+    FEWEST_TOKENS,
     MARGIN,
     LayerCosts,
+    Overlap,
     StageCost,
     choose_chunks,
     fit,
@@ -123,3 +125,11 @@ def test_a_fit_is_never_negative(points: list[tuple[int, float]]) -> None:
 def test_falling_and_steep_timings_end_at_the_bounds() -> None:
     assert fit([(1, 2e-3), (100, 1e-3)]).seconds_per_token == 0
     assert fit([(100, 1e-4), (200, 1e-3)]).alpha_seconds == 0
+
+
+def test_small_steps_are_not_cut_whatever_the_costs_say() -> None:
+    """They may be padded, on some ranks by a graph that was recorded whole."""
+    free = StageCost(0.0, 1e-6)
+    overlap = Overlap(num_chunks=None, costs=LayerCosts(free, free, free))
+    assert overlap.chunks(FEWEST_TOKENS - 1) == 1
+    assert overlap.chunks(FEWEST_TOKENS) > 1

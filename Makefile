@@ -5,6 +5,7 @@ PYTHON ?= python3
 STAMPED := $(word 2,$(subst -, ,$(notdir $(firstword $(wildcard .venv/.installed-*)))))
 GPU    ?= $(or $(STAMPED),cpu)
 ARCHS  ?= native
+GPUS   ?= 10
 VENV   := .venv
 BIN    := $(VENV)/bin
 STACKS := cpu cuda12 cuda13
@@ -22,15 +23,15 @@ endif
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
-	@echo "Options: GPU=cpu|cuda12|cuda13  PYTHON=python3.12  ARCHS=75,90  TORCH_INDEX=URL  ARGS=\"...\" (for launch and test)"
+	@echo "Options: GPU=cpu|cuda12|cuda13  PYTHON=python3.12  ARCHS=75,90  GPUS=4  TORCH_INDEX=URL  ARGS=\"...\" (for launch and test)"
 
 install: $(STAMP)  ## make .venv with the package (editable) and everything the tests need
 
 kernels: install  ## build liblight_ops and its kernels for ARCHS, by default the cards here
 	$(BIN)/python cute_kernels/build.py --arch $(ARCHS)
 
-launch: install  ## serve models/mixtral-lite on ten ranks at http://127.0.0.1:8000
-	$(BIN)/lightmoe launch --gpus 10 --model mixtral-lite $(ARGS)
+launch: install  ## serve models/mixtral-lite on GPUS=10 ranks at http://127.0.0.1:8000
+	$(BIN)/lightmoe launch --gpus $(GPUS) --model mixtral-lite $(ARGS)
 
 test: install  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)

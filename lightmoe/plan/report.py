@@ -32,6 +32,12 @@ class Plan:
         return asdict(self)
 
 
+def _weights(wish: Wish) -> str:
+    if wish.quantization == "none":
+        return "as they are"
+    return f"{wish.quantization} (looking ahead: `launch` has no --quantization yet)"
+
+
 def make_plan(wish: Wish) -> Plan:
     """Compute it; nothing is started."""
     memory = memory_map(wish)
@@ -40,7 +46,7 @@ def make_plan(wish: Wish) -> Plan:
     return Plan(
         title=(
             f"{wish.model_name} on {wish.topology.name}: {wish.num_ranks} ranks, experts"
-            f" {'as they are' if wish.quantization == 'none' else wish.quantization},"
+            f" {_weights(wish)},"
             f" {_sequences(wish)} of {wish.prompt} tokens"
         ),
         memory=memory,

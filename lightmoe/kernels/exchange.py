@@ -280,6 +280,23 @@ class Chunk:
         )
 
 
+def upload(rows: Tensor, to: int, count: Tensor, max_ctas: int = 0) -> None:
+    """Copy the first of rows [N, D] to an address: `count` int32 [1], which the device knows."""
+    if not len(rows):
+        return
+    library().launch(
+        "permute",
+        rows.device,
+        rows=address(rows),
+        row_index=0,
+        output=to,
+        num_rows=len(rows),
+        width_bytes=rows.shape[1] * rows.element_size(),
+        row_count=address(count),
+        max_ctas=max_ctas,
+    )
+
+
 def publish_int8(hidden: Tensor, published: int, block: RowBlock) -> None:
     """Write hidden [N, D] as int8 into the block at an address."""
     library().launch(

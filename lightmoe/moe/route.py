@@ -29,6 +29,7 @@ from lightmoe.kernels.route_reference import (
     route_waterfill,
     share_tokens,
 )
+from lightmoe.kernels.tiles import PAIRS_TO_COMPUTE
 
 __all__ = [
     "NUM_SWEEPS",
@@ -42,10 +43,14 @@ __all__ = [
     "pour",
     "route_even",
     "route_fewest",
+    "route_for",
     "route_home",
     "route_waterfill",
     "split_over_copies",
 ]
+
+FEW_EXPERTS = 16
+"""The route with the fewest active experts is searched for among so many: it takes that long."""
 
 logger = logging.getLogger("lightmoe.route")
 
@@ -134,3 +139,21 @@ def choose_objective(
     return Objective(
         "waterfill", f"{tokens:.1f} tokens an active expert of {border:.1f}: bound by computing"
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def route_for(route: str, num_pairs: int, num_experts: int) -> str:
+    """The route of one chunk on GPUs, water-filling only where the products compute.
+
+    Where they read weights, a second copy of an expert that is read costs more than it levels: few
+    experts get the fewest active ones per rank, many, nearly all of which are active, their home
+    copy. The border is the products' own, PAIRS_TO_COMPUTE, as FLOPs a byte of 16-bit weights.
+    """
+    if route != "waterfill":
+        return route
+    objective = choose_objective(
+        num_pairs, num_experts, flops_per_second=PAIRS_TO_COMPUTE, bytes_per_second=1
+    )
+    if objective.route == "waterfill":
+        return route
+    return "fewest" if num_experts <= FEW_EXPERTS else "none"

@@ -24,6 +24,7 @@ class PlacementTables:
     | copy_ranks int32 [L, E, W], device | the ranks of each expert's copies, home first, then -1 |
     | slots int32 [L, E], device | the slot of this rank that holds the expert, -1 for none |
     | copies [L] | copy_ranks on the host |
+    | num_held [L] | experts of the layer that this rank has |
     | placement | what all of it says |
     """
 
@@ -35,12 +36,17 @@ class PlacementTables:
         rows = [self._row(layer, expert) for layer, expert in np.ndindex(num_layers, num_experts)]
         self.copy_ranks = torch.tensor(rows, dtype=torch.int32).to(device)
         self.copy_ranks = self.copy_ranks.view(num_layers, num_experts, num_ranks)
+        self.num_held = self._count_held()
         slots = np.ascontiguousarray(placement.slot_table[:, :, rank])
         self.slots = torch.from_numpy(slots).to(device, copy=True)
 
     def _row(self, layer: int, expert: int) -> list[int]:
         ranks = self.copies[layer][expert]
         return [*ranks, *[-1] * (self.placement.num_ranks - len(ranks))]
+
+    def _count_held(self) -> list[int]:
+        held: list[int] = (self.placement.slot_table[:, :, self._rank] >= 0).sum(axis=1).tolist()
+        return held
 
     def adopt(self, placement: Placement) -> None:
         """Change the entries that differ, in place, without waiting for the device."""
@@ -55,6 +61,7 @@ class PlacementTables:
             copies = list(self.copies[layer])
             copies[expert] = placement.ranks_of(layer, expert)
             self.copies[layer] = tuple(copies)
+        self.num_held = self._count_held()
         num_experts = placement.num_experts
         flat = [layer * num_experts + expert for layer, expert in changed]
         rows = [self._row(layer, expert) for layer, expert in changed]

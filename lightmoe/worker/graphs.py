@@ -22,7 +22,7 @@ from lightmoe.layers.attention import AttentionStep, KVCache
 from lightmoe.layers.batched_attention import AttendTogether
 from lightmoe.models.decoder import Decoder
 from lightmoe.moe.dispatch import ExpertGroup
-from lightmoe.worker.inputs import send
+from lightmoe.worker.inputs import cache_rows_of, pad_tables, send, tables_of
 
 logger = logging.getLogger(__name__)
 
@@ -93,21 +93,16 @@ class DecodeGraphs:
     def _numbers(self, sequences: Sequence[SequenceStep], batch: int, num_blocks: int) -> Tensor:
         """The step as one tensor on the device, sent there in one copy."""
         block_size, scratch = self._cache.block_size, self._cache.scratch_row
-        tokens, positions, cache_rows, tables = [], [], [], []
-        for sequence in sequences:
-            block, offset = divmod(sequence.start, block_size)
-            tokens.append(sequence.token_ids[0])
-            positions.append(sequence.start)
-            cache_rows.append(sequence.block_table[block] * block_size + offset)
-            tables.append(list(sequence.block_table[: block + 1]))
+        tokens = [sequence.token_ids[0] for sequence in sequences]
+        positions = [sequence.start for sequence in sequences]
+        cache_rows = [row for one in sequences for row in cache_rows_of(one, block_size)]
+        tables = tables_of(sequences, block_size)
         missing = batch - len(tokens)
         tokens += (tokens[:1] or [0]) * missing
         positions += (positions[:1] or [0]) * missing
         cache_rows += [scratch] * missing
         tables += (tables[:1] or [[scratch // block_size]]) * missing
-        flat = [len(sequences), *tokens, *positions, *cache_rows]
-        for table in tables:
-            flat += [*table, *[0] * (num_blocks - len(table))]
+        flat = [len(sequences), *tokens, *positions, *cache_rows, *pad_tables(tables, num_blocks)]
         return send(torch.tensor(flat, dtype=torch.int64), self._cache.keys.device)
 
     def _record(self, numbers: Tensor, batch: int, num_blocks: int) -> _Recorded:

@@ -44,12 +44,12 @@ def step_inputs(sequences: Sequence[SequenceStep], cache: KVCache, rotary: Rotar
         if sequence.sampling is not None
     ]
     together = is_native(cache.keys)
-    tables = _tables(sequences, cache.block_size)
+    tables = tables_of(sequences, cache.block_size)
     token_ids, positions, cache_rows, last_rows, *columns = _upload(
         [
             [token for sequence in sequences for token in sequence.token_ids],
             [position for sequence in sequences for position in _positions(sequence)],
-            [row for sequence in sequences for row in _cache_rows(sequence, cache.block_size)],
+            [row for sequence in sequences for row in cache_rows_of(sequence, cache.block_size)],
             [row for _, _, row in sampled],
             *(_together(sequences, tables) if together else tables),
         ],
@@ -101,12 +101,13 @@ def _positions(sequence: SequenceStep) -> range:
     return range(sequence.start, sequence.start + len(sequence.token_ids))
 
 
-def _cache_rows(sequence: SequenceStep, block_size: int) -> Iterable[int]:
+def cache_rows_of(sequence: SequenceStep, block_size: int) -> Iterable[int]:
+    """Where in the cache the keys of the sequence's tokens go."""
     for position in _positions(sequence):
         yield sequence.block_table[position // block_size] * block_size + position % block_size
 
 
-def _tables(sequences: Sequence[SequenceStep], block_size: int) -> list[list[int]]:
+def tables_of(sequences: Sequence[SequenceStep], block_size: int) -> list[list[int]]:
     """The blocks of each sequence that hold what it sees."""
     return [
         list(sequence.block_table[: (_positions(sequence).stop - 1) // block_size + 1])
@@ -121,8 +122,13 @@ def _together(sequences: Sequence[SequenceStep], tables: list[list[int]]) -> lis
     return [
         list(itertools.accumulate(sizes, initial=0)),
         [_positions(sequence).stop for sequence in sequences],
-        [block for table in tables for block in (*table, *[0] * (longest - len(table)))],
+        pad_tables(tables, longest),
     ]
+
+
+def pad_tables(tables: Sequence[Sequence[int]], num_blocks: int) -> list[int]:
+    """The tables one after the other, each with as many blocks."""
+    return [block for table in tables for block in (*table, *[0] * (num_blocks - len(table)))]
 
 
 def _upload(columns: Sequence[list[int]], device: torch.device) -> tuple[Tensor, ...]:

@@ -18,7 +18,6 @@ from lightmoe.distributed.peers import Road
 from lightmoe.errors import UsageError
 from lightmoe.kernels import exchange as exchange_module
 from lightmoe.moe.dispatch import CopyEngineDispatcher, Dispatcher, ExpertGroup, LocalDispatcher
-from lightmoe.moe.dispatch import copy_engine as copy_engine_module
 from lightmoe.moe.dispatch.copy_engine import ArenaLayout, PeerLane
 from lightmoe.moe.experts import Experts, SlotPool
 from lightmoe.moe.gate import Gate
@@ -52,8 +51,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 @pytest.fixture(autouse=True)
 def _host_library(emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     library = HostLibrary(emulated, NUM_RANKS)
-    for module in (exchange_module, copy_engine_module):
-        monkeypatch.setattr(module, "library", lambda: library)
+    monkeypatch.setattr(exchange_module, "library", lambda: library)
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
 
 

@@ -70,7 +70,7 @@ class Dispatcher(Protocol):
     is where a GPU's exchange may run beside the experts.
     """
 
-    pair_sort: PairSort | None
+    pair_sort: PairSort | None = None
     stream: torch.cuda.Stream | None = None
 
     def most_tokens(self, hidden: Tensor) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightmoe import kernels
 from lightmoe.distributed.communicator import Exchanger, Transfer
 from lightmoe.moe.dispatch.base import Dispatcher, ExpertGroup, Receipt
-from lightmoe.moe.gate import Choice, PairSort
+from lightmoe.moe.gate import Choice
 from lightmoe.telemetry.trace import span
 
 
@@ -29,7 +29,6 @@ class CollectiveDispatcher(Dispatcher):
         communicator: Exchanger,
         write_receipts: Callable[[Tensor, int], list[Receipt]],
     ) -> None:
-        self.pair_sort: PairSort | None = None  # where pairs go is known after the exchange
         self._group = group
         self._communicator = communicator
         self._write_receipts = write_receipts

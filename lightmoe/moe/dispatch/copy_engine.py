@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -29,9 +30,9 @@ from lightmoe.kernels.exchange import (
     Flags,
     Places,
     RowBlock,
+    upload,
 )
-from lightmoe.kernels.library import address, library
-from lightmoe.kernels.tiles import PAIRS_TO_COMPUTE
+from lightmoe.kernels.library import address
 from lightmoe.moe.dispatch.base import (
     Dispatcher,
     ExpertGroup,
@@ -39,18 +40,16 @@ from lightmoe.moe.dispatch.base import (
     TokensPerTile,
     chunk_of,
 )
-from lightmoe.moe.gate import Choice, PairSort
+from lightmoe.moe.gate import Choice
+from lightmoe.moe.route import route_for
 
 MAX_CHUNKS = 8
-FEW_EXPERTS = 16
-"""The route with the fewest active experts is searched for among so many: it takes that long."""
-
 _ALIGNMENT_BYTES = 256
 _ANY_TILE = 64
 """Pairs a tile where the table of tiles is not used."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ArenaLayout:
     """What lies where in every rank's arena; `max_tokens` is what one rank runs in a step.
 
@@ -119,7 +118,7 @@ class ArenaLayout:
     def _pair_bytes(self) -> int:
         return self.max_pairs * self.row_bytes
 
-    @property
+    @cached_property
     def offsets(self) -> dict[str, int]:
         """Where each part begins, and `end`."""
         padded = [-(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for size in self.sizes.values()]
@@ -318,21 +317,8 @@ class PeerLane:
 
     def _upload(self, receipt: PeerReceipt, max_ctas: int) -> None:
         """Copy the pairs that there are into the arena: how many, only the device knows."""
-        output = self.pairs_of(receipt)
-        if not len(output):
-            return
-        row_bytes = self.layout.row_bytes
-        library().launch(
-            "permute",
-            output.device,
-            rows=address(output),
-            row_index=0,
-            output=self._addresses("pairs", receipt.first_pair * row_bytes)[self.rank],
-            num_rows=len(output),
-            width_bytes=row_bytes,
-            row_count=address(receipt.groups.offsets[-1:]),
-            max_ctas=max_ctas,
-        )
+        to = self._addresses("pairs", receipt.first_pair * self.layout.row_bytes)[self.rank]
+        upload(self.pairs_of(receipt), to, receipt.groups.offsets[-1:], max_ctas)
 
     def pairs_of(self, receipt: PeerReceipt) -> Tensor:
         """Where the chunk's results go: [P, D]."""
@@ -401,7 +387,6 @@ class CopyEngineDispatcher(Dispatcher):
         self._tokens_per_tile = tokens_per_tile
         self._hidden = lane.rows[:0]
         self._tables = group.tables_on(lane.rows.device)
-        self.pair_sort: PairSort | None = None  # where pairs go is known after the exchange
 
     def most_tokens(self, hidden: Tensor) -> int:
         """Tokens of the fullest rank in this step."""
@@ -453,7 +438,7 @@ class CopyEngineDispatcher(Dispatcher):
         per_token = lane.layout.num_experts_per_token
         spans = [chunk_of(tokens, chunk, num_chunks) for tokens in group.tokens_per_rank]
         num_tokens = sum(span.stop - span.start for span in spans)
-        held = int((group.placement.slot_table[self._layer, :, group.rank] >= 0).sum())
+        held = self._tables.num_held[self._layer]
         expected = (-(-num_tokens * per_token // len(spans)), max(1, held))
         split = kernels.route_split(
             lane.prefixes[chunk],
@@ -502,17 +487,6 @@ class CopyEngineDispatcher(Dispatcher):
         output = pairs.new_empty(num_tokens, pairs.shape[1])
         self._lane.combine(receipt, weights, output, receipt.combine_ctas)
         return output
-
-
-def route_for(route: str, num_pairs: int, num_experts: int) -> str:
-    """The route of one chunk. Water-filling levels tokens, which is what counts where the products
-    are bound by arithmetic. Where they read weights, a second copy of an expert that is read costs
-    more than it levels: few experts get the fewest active ones per rank, many, nearly all of which
-    are active, their home copy.
-    """
-    if route != "waterfill" or num_pairs >= PAIRS_TO_COMPUTE * num_experts:
-        return route
-    return "fewest" if num_experts <= FEW_EXPERTS else "none"
 
 
 def view_arena(arena: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

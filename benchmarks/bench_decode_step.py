@@ -9,6 +9,7 @@ runs it, and the gate and the experts alone as a graph.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
 import ep_naive
@@ -61,12 +62,12 @@ def bench_tokens(own: RankLayer, num_tokens: int) -> dict[str, float]:
     own.dispatcher.publish(hidden)
     (receipt,) = own.dispatcher.route(choice, 1)
     rows = own.dispatcher.dispatch(hidden, receipt)
-    output = own.dispatcher.output_of(receipt)
+    at_home = dataclasses.replace(receipt, output_rows=None)
     own.barrier()
 
     def compute() -> None:
         own.gate(hidden, sort)
-        own.experts(rows, receipt, output=output)
+        own.experts(rows, at_home)
 
     ours = own.measure(own.graph_of(lambda: layer(hidden), NUM_LAYERS), per_sample=3)
     own.barrier()

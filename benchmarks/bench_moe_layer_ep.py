@@ -9,6 +9,7 @@ min(compute, communication). Every rank has as many tokens; the time is the slow
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -138,24 +139,25 @@ def time_naive(own: RankLayer, hidden: torch.Tensor, kind: type[ep_naive.NaiveLa
 
 def alone(own: RankLayer, hidden: torch.Tensor) -> tuple[float, float]:
     """Milliseconds of the gate and the experts, and of the exchange, each without the other."""
-    dispatcher, lane = own.dispatcher, own.lane
+    dispatcher = own.dispatcher
     sort = dispatcher.pair_sort
     choice = own.gate(hidden, sort)
     dispatcher.publish(hidden)
     (receipt,) = dispatcher.route(choice, 1)
     rows = dispatcher.dispatch(hidden, receipt)
-    output = dispatcher.output_of(receipt)
+    at_home = dataclasses.replace(receipt, output_rows=None)
+    pairs = own.experts(rows, at_home)
     own.barrier()
 
     def compute() -> None:
         own.gate(hidden, sort)
-        own.experts(rows, receipt, output=output)
+        own.experts(rows, at_home, output=pairs)
 
     def communicate() -> None:
         dispatcher.publish(hidden)
         (here,) = dispatcher.route(choice, 1)
         dispatcher.dispatch(hidden, here)
-        dispatcher.combine(lane.pairs, choice.weights, here)
+        dispatcher.combine(pairs, choice.weights, here)
 
     compute_ms = own.measure(compute)["median"]
     own.barrier()

@@ -51,7 +51,7 @@ py::object architecture() {
 
 int grouped_gemm(const py::tuple &groups, const py::tuple &tile, int dtype, Address rows,
                  Address pair_row, Address weights, long long slot_bytes, Address pair_weight,
-                 Address output, int depth, int num_features, bool swiglu, bool output_float32,
+                 Address output, Address output_rows, int depth, int num_features, bool swiglu, bool output_float32,
                  int max_ctas, Address split_sums, Address split_tickets, int depth_splits,
                  bool groups_settled, Address stream) {
   const light_grouped_gemm_args args{read_groups(groups),
@@ -61,6 +61,7 @@ int grouped_gemm(const py::tuple &groups, const py::tuple &tile, int dtype, Addr
                                      slot_bytes,
                                      pointer<const float>(pair_weight),
                                      pointer<void>(output),
+                                     pointer<void *>(output_rows),
                                      depth,
                                      num_features,
                                      swiglu,
@@ -77,7 +78,7 @@ int grouped_gemm(const py::tuple &groups, const py::tuple &tile, int dtype, Addr
 
 int quant_gemm(const py::tuple &groups, const py::tuple &tile, int dtype, Address rows,
                Address pair_row, Address weights, Address scales, Address zeros,
-               long long slot_bytes, Address pair_weight, Address output, int depth,
+               long long slot_bytes, Address pair_weight, Address output, Address output_rows, int depth,
                int num_features, bool swiglu, bool output_float32, int num_bits, int group_size,
                int max_ctas, Address split_sums, Address split_tickets, int depth_splits,
                bool groups_settled, Address stream) {
@@ -90,6 +91,7 @@ int quant_gemm(const py::tuple &groups, const py::tuple &tile, int dtype, Addres
                                    slot_bytes,
                                    pointer<const float>(pair_weight),
                                    pointer<void>(output),
+                                   pointer<void *>(output_rows),
                                    depth,
                                    num_features,
                                    swiglu,
@@ -108,7 +110,7 @@ int quant_gemm(const py::tuple &groups, const py::tuple &tile, int dtype, Addres
 
 int fp8_gemm(const py::tuple &groups, const py::tuple &tile, int dtype, Address rows,
              Address row_scales, Address pair_row, Address weights, Address scales,
-             long long slot_bytes, Address pair_weight, Address output, int depth,
+             long long slot_bytes, Address pair_weight, Address output, Address output_rows, int depth,
              int num_features, bool swiglu, bool output_float32, bool by_channels, int max_ctas,
              bool groups_settled, Address stream) {
   const light_fp8_gemm_args args{read_groups(groups),
@@ -120,6 +122,7 @@ int fp8_gemm(const py::tuple &groups, const py::tuple &tile, int dtype, Address 
                                  slot_bytes,
                                  pointer<const float>(pair_weight),
                                  pointer<void>(output),
+                                 pointer<void *>(output_rows),
                                  depth,
                                  num_features,
                                  swiglu,
@@ -341,14 +344,18 @@ light_chunk read_chunk(const py::tuple &chunk) {
   return read;
 }
 
-int exchange_pull(const py::sequence &hidden, const py::tuple &chunk, Address weights,
-                  Address pair_weight, Address rows, long long scale_offset, int width_bytes,
-                  bool on_cards, int dtype, bool as_int8, int max_ctas, Address stream) {
+int exchange_pull(const py::sequence &hidden, const py::sequence &results, const py::tuple &chunk,
+                  Address weights, Address pair_weight, Address output_rows, Address prefixes,
+                  Address rows, long long scale_offset, int width_bytes, bool on_cards, int dtype,
+                  bool as_int8, int max_ctas, Address stream) {
   light_exchange_pull_args args{};
   read_list<Address>(hidden, args.hidden);
+  read_list<Address>(results, args.results);
   args.chunk = read_chunk(chunk);
   args.weights = pointer<const float>(weights);
   args.pair_weight = pointer<float>(pair_weight);
+  args.output_rows = pointer<void *>(output_rows);
+  args.prefixes = pointer<const int>(prefixes);
   args.rows = pointer<void>(rows);
   args.scale_offset = scale_offset;
   args.width_bytes = width_bytes;
@@ -372,14 +379,23 @@ int exchange_sum(Address pairs, const py::sequence &sums, const py::tuple &chunk
                             pointer<void>(stream));
 }
 
-int exchange_combine(const py::sequence &pairs, const py::tuple &places, Address choices,
-                     Address weights, Address output, long long scale_offset, int first_token,
+int exchange_give(Address pairs, Address output_rows, Address num_pairs, int most_pairs,
+                  int width_bytes, int max_ctas, Address stream) {
+  const light_exchange_give_args args{pointer<const void>(pairs), pointer<void *>(output_rows),
+                                      pointer<const int>(num_pairs), most_pairs, width_bytes};
+  const py::gil_scoped_release released;
+  return light_exchange_give(&args, max_ctas, pointer<void>(stream));
+}
+
+int exchange_combine(const py::sequence &results, const py::tuple &places, Address prefixes,
+                     Address choices, Address weights, Address output, long long scale_offset, int first_token,
                      int num_tokens, int rank, int num_experts_per_token, int width_bytes,
-                     bool on_cards, bool summed, int dtype, bool as_int8, int max_ctas,
+                     bool together, bool summed, int dtype, bool as_int8, int max_ctas,
                      Address stream) {
   light_exchange_combine_args args{};
-  read_list<Address>(pairs, args.pairs);
+  read_list<Address>(results, args.results);
   args.places = read_places(places);
+  args.prefixes = pointer<const int>(prefixes);
   args.choices = pointer<const int>(choices);
   args.weights = pointer<const float>(weights);
   args.output = pointer<void>(output);
@@ -389,7 +405,7 @@ int exchange_combine(const py::sequence &pairs, const py::tuple &places, Address
   args.rank = rank;
   args.num_experts_per_token = num_experts_per_token;
   args.width_bytes = width_bytes;
-  args.on_cards = on_cards;
+  args.together = together;
   args.summed = summed;
   const py::gil_scoped_release released;
   return light_exchange_combine(&args, static_cast<light_dtype>(dtype), as_int8, max_ctas,
@@ -497,19 +513,19 @@ PYBIND11_MODULE(_light_ops, module) {
   module.def("set_overlapped_launch", &light_set_overlapped_launch, arg("on"));
   module.def("grouped_gemm", &grouped_gemm, py::kw_only(), arg("groups"), arg("tile"),
              arg("dtype"), arg("rows"), arg("pair_row"), arg("weights"), arg("slot_bytes"),
-             arg("pair_weight"), arg("output"), arg("depth"), arg("num_features"), arg("swiglu"),
+             arg("pair_weight"), arg("output"), arg("output_rows") = 0, arg("depth"), arg("num_features"), arg("swiglu"),
              arg("output_float32"), arg("max_ctas"), arg("split_sums") = 0,
              arg("split_tickets") = 0, arg("depth_splits") = 1, arg("groups_settled") = false,
              arg("stream"));
   module.def("quant_gemm", &quant_gemm, py::kw_only(), arg("groups"), arg("tile"), arg("dtype"),
              arg("rows"), arg("pair_row"), arg("weights"), arg("scales"), arg("zeros"),
-             arg("slot_bytes"), arg("pair_weight"), arg("output"), arg("depth"),
+             arg("slot_bytes"), arg("pair_weight"), arg("output"), arg("output_rows") = 0, arg("depth"),
              arg("num_features"), arg("swiglu"), arg("output_float32"), arg("num_bits"),
              arg("group_size"), arg("max_ctas"), arg("split_sums") = 0, arg("split_tickets") = 0,
              arg("depth_splits") = 1, arg("groups_settled") = false, arg("stream"));
   module.def("fp8_gemm", &fp8_gemm, py::kw_only(), arg("groups"), arg("tile"), arg("dtype"),
              arg("rows"), arg("row_scales"), arg("pair_row"), arg("weights"), arg("scales"),
-             arg("slot_bytes"), arg("pair_weight"), arg("output"), arg("depth"),
+             arg("slot_bytes"), arg("pair_weight"), arg("output"), arg("output_rows") = 0, arg("depth"),
              arg("num_features"), arg("swiglu"), arg("output_float32"), arg("by_channels"),
              arg("max_ctas"), arg("groups_settled") = false, arg("stream"));
   module.def("split_needs", &split_needs, arg("tile"), arg("num_pairs"), arg("num_groups"),
@@ -542,17 +558,20 @@ PYBIND11_MODULE(_light_ops, module) {
              arg("num_experts_per_token"), arg("num_experts"), arg("num_chunks"),
              arg("width_bytes"), arg("max_ctas"), arg("stream"));
   module.def("exchange_meet", &exchange_meet, py::kw_only(), arg("flags"), arg("stream"));
-  module.def("exchange_pull", &exchange_pull, py::kw_only(), arg("hidden"), arg("chunk"),
-             arg("weights"), arg("pair_weight"), arg("rows"), arg("scale_offset"),
-             arg("width_bytes"), arg("on_cards"), arg("dtype"), arg("as_int8"), arg("max_ctas"),
+  module.def("exchange_pull", &exchange_pull, py::kw_only(), arg("hidden"), arg("results"),
+             arg("chunk"), arg("weights"), arg("pair_weight"), arg("output_rows"),
+             arg("prefixes"), arg("rows"), arg("scale_offset"), arg("width_bytes"),
+             arg("on_cards"), arg("dtype"), arg("as_int8"), arg("max_ctas"), arg("stream"));
+  module.def("exchange_give", &exchange_give, py::kw_only(), arg("pairs"), arg("output_rows"),
+             arg("num_pairs"), arg("most_pairs"), arg("width_bytes"), arg("max_ctas"),
              arg("stream"));
   module.def("exchange_sum", &exchange_sum, py::kw_only(), arg("pairs"), arg("sums"),
              arg("chunk"), arg("scale_offset"), arg("width_bytes"), arg("dtype"), arg("as_int8"),
              arg("max_ctas"), arg("stream"));
-  module.def("exchange_combine", &exchange_combine, py::kw_only(), arg("pairs"), arg("places"),
-             arg("choices"), arg("weights"), arg("output"), arg("scale_offset"),
+  module.def("exchange_combine", &exchange_combine, py::kw_only(), arg("results"), arg("places"),
+             arg("prefixes"), arg("choices"), arg("weights"), arg("output"), arg("scale_offset"),
              arg("first_token"), arg("num_tokens"), arg("rank"), arg("num_experts_per_token"),
-             arg("width_bytes"), arg("on_cards"), arg("summed"), arg("dtype"), arg("as_int8"),
+             arg("width_bytes"), arg("together"), arg("summed"), arg("dtype"), arg("as_int8"),
              arg("max_ctas"), arg("stream"));
   module.def("exchange_count", &exchange_count, py::kw_only(), arg("chunk"), arg("rows_sent"),
              arg("results_sent"), arg("summed"), arg("stream"));

@@ -10,10 +10,21 @@ namespace light {
 
 struct OutputArgs {
   void *output;
+  void *const *output_rows;  // null: rows of `output`
   const float *pair_weight;
   int num_features;
   int float32;
 };
+
+// Where a pair's 16-bit row of the output begins: other ranks' memory, too.
+__device__ __forceinline__ unsigned short *output_row(const OutputArgs &args, int pair) {
+  if (args.output_rows != nullptr) {
+    const auto *addresses = reinterpret_cast<const unsigned long long *>(args.output_rows);
+    return reinterpret_cast<unsigned short *>(__ldg(addresses + pair));
+  }
+  return static_cast<unsigned short *>(args.output) +
+         static_cast<long long>(pair) * args.num_features;
+}
 
 // x / (1 + exp(-x)), in fp32, within some units of the last place.
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
@@ -102,8 +113,7 @@ class Epilogue {
     const int lane = threadIdx.x % 32;
     const bool stored = token + lane / 4 < unit.num_tokens;
     unsigned short *row =
-        static_cast<unsigned short *>(args_.output) +
-        static_cast<long long>(unit.first_pair + token + lane / 4) * args_.num_features;
+        stored ? output_row(args_, unit.first_pair + token + lane / 4) : nullptr;
     if constexpr (kBlocks % 4 == 0) {
 #pragma unroll
       for (int i = 0; i < kBlocks; i += 4) {

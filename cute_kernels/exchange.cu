@@ -1,7 +1,7 @@
 // Rows between ranks without the host: every rank's arena is addressed by all of them, over NVLink
-// or as pinned host memory. Choices are pushed, hidden states and results are pulled by whoever
-// needs them, and flags that only grow say what is ready. No size is known to the host, so a whole
-// step may be one CUDA graph.
+// or as pinned host memory. Choices are pushed, hidden states are pulled by whoever needs them, and
+// the experts' products write each result where its token's rank adds it up. Flags that only grow
+// say what is ready. No size is known to the host, so a whole step may be one CUDA graph.
 //
 // Order between ranks: a kernel that ends before the flag kernel of its stream starts is visible to
 // a kernel that starts after the peer's wait ended. Waits and reads are kernels of their own, so
@@ -236,6 +236,15 @@ LIGHT_ROWS(exchange_sum_bf16, light_exchange_sum_args, sum_pairs<__nv_bfloat16>)
 LIGHT_ROWS(exchange_sum_f32, light_exchange_sum_args, sum_pairs<float>)
 LIGHT_ROWS(exchange_sum_int8_f16, light_exchange_sum_args, sum_pairs_as_int8<__half>)
 LIGHT_ROWS(exchange_sum_int8_bf16, light_exchange_sum_args, sum_pairs_as_int8<__nv_bfloat16>)
+LIGHT_ROWS(exchange_give, light_exchange_give_args, give)
+LIGHT_ROWS(exchange_combine_f16, light_exchange_combine_args, combine<light::FullRow<__half>>)
+LIGHT_ROWS(exchange_combine_bf16, light_exchange_combine_args,
+           combine<light::FullRow<__nv_bfloat16>>)
+LIGHT_ROWS(exchange_combine_f32, light_exchange_combine_args, combine<light::FullRow<float>>)
+LIGHT_ROWS(exchange_combine_int8_f16, light_exchange_combine_args,
+           combine<light::Int8Row<__half>>)
+LIGHT_ROWS(exchange_combine_int8_bf16, light_exchange_combine_args,
+           combine<light::Int8Row<__nv_bfloat16>>)
 LIGHT_ROWS(exchange_count, light_exchange_count_args, count_sent)
 
 #if __CUDA_ARCH__ >= 900
@@ -246,23 +255,4 @@ extern "C" __global__ void __launch_bounds__(32 * light::ring::kWarps)
   light::wait_for_previous_kernel();
   light::pull_bulk(args, bulk_memory);
 }
-
-#define LIGHT_COMBINE_BULK(name, Row)                                     \
-  extern "C" __global__ void __launch_bounds__(32 * light::ring::kWarps)  \
-      exchange_combine##name(const __grid_constant__ light_exchange_combine_args args) { \
-    light::wait_for_previous_kernel();                                    \
-    light::combine_bulk<light::Row>(args, bulk_memory);                   \
-  }
-#else
-#define LIGHT_COMBINE_BULK(name, Row)
 #endif
-
-#define LIGHT_COMBINE(kind, name, Row)                                                      \
-  LIGHT_ROWS(exchange_combine##kind##_##name, light_exchange_combine_args,                  \
-             combine_peers<light::Row>)                                                     \
-  LIGHT_COMBINE_BULK(kind##_bulk_##name, Row)
-LIGHT_COMBINE(, f16, FullRow<__half>)
-LIGHT_COMBINE(, bf16, FullRow<__nv_bfloat16>)
-LIGHT_COMBINE(, f32, FullRow<float>)
-LIGHT_COMBINE(_int8, f16, Int8Row<__half>)
-LIGHT_COMBINE(_int8, bf16, Int8Row<__nv_bfloat16>)

@@ -36,40 +36,34 @@ __device__ inline void await_stores_read() {
 
 __device__ inline void await_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-// A warp's part of shared memory: stages, then their barriers, then positions of 32 tokens.
-struct WarpRing {
+// A warp's part of shared memory: stages, then their barriers, then positions of 32 tokens. Lane 0
+// copies a row's pieces in, and out to each of its positions.
+struct PullRing {
+  static constexpr int kStages = ring::kPullStages, kLoadsInFlight = 4;
+  struct Job {
+    int token, offset, bytes;
+  };
   unsigned stages;
   unsigned barriers;
   int *positions;
-  unsigned turn;  // loads so far: stage turn % n, in its turn / n-th use
+  Job jobs[kStages];
+  unsigned turn = 0;    // loads so far: stage turn % n, in its turn / n-th use
+  unsigned stored = 0;
 
-  __device__ WarpRing(char *shared, int warp, int num_stages, int stage_bytes) {
+  __device__ PullRing(char *shared, int warp) {
     char *mine = shared + warp * ring::kWarpBytes;
     stages = shared_address(mine);
-    barriers = stages + num_stages * stage_bytes;
-    positions = reinterpret_cast<int *>(mine + num_stages * stage_bytes + 8 * num_stages);
-    turn = 0;
+    barriers = stages + kStages * ring::kPullStageBytes;
+    positions =
+        reinterpret_cast<int *>(mine + kStages * ring::kPullStageBytes + 8 * kStages);
     if (threadIdx.x % 32 == 0) {
-      for (int stage = 0; stage < num_stages; ++stage) {
+      for (int stage = 0; stage < kStages; ++stage) {
         init_barrier(barriers + 8 * stage, 1);
       }
       publish_barriers();
     }
     __syncwarp();
   }
-};
-
-// Lane 0 of each warp: a row's pieces in, and out to each of its positions.
-struct PullRing : WarpRing {
-  static constexpr int kStages = ring::kPullStages, kLoadsInFlight = 4;
-  struct Job {
-    int token, offset, bytes;
-  };
-  Job jobs[kStages];
-  unsigned stored = 0;
-
-  __device__ PullRing(char *shared, int warp)
-      : WarpRing(shared, warp, kStages, ring::kPullStageBytes) {}
 
   __device__ void store_oldest(const light_exchange_pull_args &args) {
     const unsigned stage = stored % kStages;
@@ -136,7 +130,7 @@ __device__ void pull_bulk(const light_exchange_pull_args &args, char *shared) {
         const bool here = place.rank == chunk.rank;
         ring.positions[lane * ring::kMostPairs + pair] = here ? place.position : -1;
         if (here) {
-          give_weight(args, from, pair, place.position);
+          describe_pair(args, from, pair, place.position);
         }
         wanted |= here;
       }
@@ -163,72 +157,6 @@ __device__ void pull_bulk(const light_exchange_pull_args &args, char *shared) {
   }
   if (lane == 0) {
     await_stores();
-  }
-}
-
-template <typename Row>
-__device__ void combine_bulk(const light_exchange_combine_args &args, char *shared) {
-  constexpr int kStages = ring::kCombineStages;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int num_pairs = args.num_experts_per_token, tokens_per_batch = 32 / num_pairs;
-  const int num_warps = gridDim.x * (blockDim.x / 32);
-  const int segment = ring::kCombineStageBytes / num_pairs / 512 * 512;
-  const int num_segments = (args.width_bytes + segment - 1) / segment;
-  WarpRing ring(shared, warp, kStages, ring::kCombineStageBytes);
-  const char *const stages = shared + warp * ring::kWarpBytes;
-  for (int first = tokens_per_batch * (blockIdx.x + gridDim.x * warp); first < args.num_tokens;
-       first += tokens_per_batch * num_warps) {
-    // A lane has a pair.
-    const int num_tokens = min(tokens_per_batch, args.num_tokens - first);
-    const bool mine = lane < num_tokens * num_pairs;
-    const Term term = term_of<Row>(args, mine, first + lane / num_pairs, lane % num_pairs);
-    const unsigned existing = __ballot_sync(kAllLanes, term.row != nullptr);
-    const unsigned of_token = num_pairs == 32 ? kAllLanes : (1u << num_pairs) - 1;
-    const int num_jobs = num_tokens * num_segments;
-    const unsigned begin = ring.turn;
-    for (int job = 0; job < num_jobs + kStages - 1; ++job) {
-      if (job < num_jobs) {
-        const int token = job / num_segments, offset = job % num_segments * segment;
-        const int bytes = min(segment, args.width_bytes - offset);
-        const unsigned stage = ring.turn % kStages, barrier = ring.barriers + 8 * stage;
-        const unsigned there = existing >> (token * num_pairs) & of_token;
-        if (lane == 0) {
-          arrive_expecting(barrier, bytes * __popc(there));
-        }
-        __syncwarp();
-        if (lane / num_pairs == token && term.row != nullptr) {
-          load_bulk(ring.stages + stage * ring::kCombineStageBytes + lane % num_pairs * segment,
-                    term.row + offset, bytes, barrier);
-        }
-        ++ring.turn;
-      }
-      const int done = job - (kStages - 1);
-      if (done >= 0) {
-        const int token = done / num_segments, offset = done % num_segments * segment;
-        const int bytes = min(segment, args.width_bytes - offset);
-        const unsigned turn = begin + done, stage = turn % kStages;
-        const unsigned there = existing >> (token * num_pairs) & of_token;
-        wait_barrier(ring.barriers + 8 * stage, turn / kStages % 2);
-        constexpr int kOutputBytes = Row::kElements * sizeof(typename Row::Scalar);
-        uint4 *output = reinterpret_cast<uint4 *>(
-            static_cast<char *>(args.output) +
-            ((long long)(first + token) * args.width_bytes + offset) / 16 * kOutputBytes);
-        const char *here = stages + stage * ring::kCombineStageBytes;
-        for (int vector = lane; vector - lane < bytes / 16; vector += 32) {
-          float sums[Row::kElements] = {};
-          for (int k = 0; k < num_pairs; ++k) {
-            const float factor = __shfl_sync(kAllLanes, term.factor, token * num_pairs + k);
-            if (there >> k & 1 && vector < bytes / 16) {
-              Row::add(sums, factor, reinterpret_cast<const uint4 *>(here + k * segment)[vector]);
-            }
-          }
-          if (vector < bytes / 16) {
-            Row::store(output, vector, sums);
-          }
-        }
-        __syncwarp();
-      }
-    }
   }
 }
 

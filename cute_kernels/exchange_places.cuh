@@ -78,10 +78,25 @@ __device__ inline Place place_of_lane(const light_chunk &chunk, SourceToken from
   return place_of(chunk.places, from.source, asks ? choice_of(chunk, from, lane) : -1);
 }
 
-__device__ inline void give_weight(const light_exchange_pull_args &args, SourceToken from, int pair,
-                                   int position) {
+// Where the result of a choice lies on its token's rank: by expert, then position.
+__device__ inline long long row_of_result(long long first_pair, const int *prefixes, int choice) {
+  return first_pair + __ldg(prefixes + (choice >> kPositionBits)) +
+         (choice & ((1 << kPositionBits) - 1));
+}
+
+// What the experts must know of a pair beside its row.
+__device__ inline void describe_pair(const light_exchange_pull_args &args, SourceToken from,
+                                     int pair, int position) {
   if (args.weights != nullptr) {
     args.pair_weight[position] = args.weights[shared_place(args.chunk, from, pair)];
+  }
+  if (args.output_rows != nullptr) {
+    const int *prefixes = args.prefixes + from.source * (args.chunk.places.num_experts + 1);
+    const long long first =
+        (long long)args.chunk.begin[from.source] * args.chunk.num_experts_per_token;
+    const long long row = row_of_result(first, prefixes, choice_of(args.chunk, from, pair));
+    args.output_rows[position] =
+        static_cast<char *>(args.results[from.source]) + row * args.width_bytes;
   }
 }
 
@@ -204,13 +219,18 @@ __device__ inline Term term_of(const light_exchange_combine_args &args, bool min
                                int index) {
   const int num_pairs = args.num_experts_per_token;
   const long long number = args.first_token + token, pair = number * num_pairs + index;
-  const Place place = place_of(args.places, args.rank, mine ? args.choices[pair] : -1);
+  const int choice = mine ? args.choices[pair] : -1;
   if (!args.summed) {
-    return place.rank < 0 ? Term{nullptr, 0.0f}
-                          : Term{static_cast<const char *>(args.pairs[place.rank]) +
-                                     (long long)place.position * args.width_bytes,
-                                 args.weights[pair]};
+    if (choice < 0) {
+      return {nullptr, 0.0f};
+    }
+    const int rank = args.together ? args.rank : place_of(args.places, args.rank, choice).rank;
+    const long long first = (long long)args.first_token * num_pairs;
+    const long long row = row_of_result(first, args.prefixes, choice);
+    return {static_cast<const char *>(args.results[rank]) + row * args.width_bytes,
+            args.weights[pair]};
   }
+  const Place place = place_of(args.places, args.rank, choice);
   const int first_lane = threadIdx.x % 32 - index;
   unsigned long long ranks = 0;  // that have a sum of the token
   for (int k = 0; k < num_pairs; ++k) {
@@ -223,7 +243,7 @@ __device__ inline Term term_of(const light_exchange_combine_args &args, bool min
   if (!mine || ranks == 0) {
     return {nullptr, 0.0f};
   }
-  const void *sums = args.pairs[__ffsll(ranks) - 1];
+  const void *sums = args.results[__ffsll(ranks) - 1];
   return {static_cast<const char *>(sums) + number * args.width_bytes,
           Row::kHasScale ? scale_of_row(sums, args.scale_offset, number) : 1.0f};
 }

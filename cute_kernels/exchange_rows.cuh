@@ -28,7 +28,7 @@ __device__ void pull(const light_exchange_pull_args &args) {
       continue;
     }
     if (place.rank == chunk.rank) {
-      give_weight(args, from, lane, place.position);
+      describe_pair(args, from, lane, place.position);
     }
     const void *hidden = args.hidden[from.source];
     const float scale =
@@ -58,19 +58,23 @@ __device__ void pull(const light_exchange_pull_args &args) {
   }
 }
 
-// A warp takes a token of this rank: light_combine's sum, read from where the pairs are.
+// A warp takes a token of this rank, or where there are more warps than tokens a part of its row:
+// light_combine's sum of what ranks gave.
 template <typename Row>
-__device__ void combine_peers(const light_exchange_combine_args &args) {
+__device__ void combine(const light_exchange_combine_args &args) {
   constexpr int kOutputVectors = Row::kElements * sizeof(typename Row::Scalar) / 16;
   const int lane = threadIdx.x % 32, num_pairs = args.num_experts_per_token;
   const int num_vectors = args.width_bytes / 16;
   const int num_warps = gridDim.x * (blockDim.x / 32);
-  for (int token = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; token < args.num_tokens;
-       token += num_warps) {
+  const int num_parts = max(1, min((num_vectors + 31) / 32, num_warps / args.num_tokens));
+  const int num_units = args.num_tokens * num_parts;
+  for (int unit = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; unit < num_units;
+       unit += num_warps) {
+    const int token = unit / num_parts, first_vector = unit % num_parts * 32 + lane;
     const Term term = term_of<Row>(args, lane < num_pairs, token, lane);
     uint4 *output =
         static_cast<uint4 *>(args.output) + (long long)token * num_vectors * kOutputVectors;
-    for (int first = lane; first - lane < num_vectors; first += 32) {
+    for (int first = first_vector; first - lane < num_vectors; first += 32 * num_parts) {
       float sums[Row::kElements] = {};
       for (int k = 0; k < num_pairs; k += kVectorsInFlight) {
         uint4 vectors[kVectorsInFlight];
@@ -95,6 +99,21 @@ __device__ void combine_peers(const light_exchange_combine_args &args) {
       if (first < num_vectors) {
         Row::store(output, first, sums);
       }
+    }
+  }
+}
+
+// A warp takes a pair.
+__device__ inline void give(const light_exchange_give_args &args) {
+  const int lane = threadIdx.x % 32, num_vectors = args.width_bytes / 16;
+  const int num_warps = gridDim.x * (blockDim.x / 32);
+  const int num_pairs = min(*args.num_pairs, args.most_pairs);
+  for (int pair = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; pair < num_pairs;
+       pair += num_warps) {
+    const uint4 *from = static_cast<const uint4 *>(args.pairs) + (long long)pair * num_vectors;
+    uint4 *to = static_cast<uint4 *>(args.output_rows[pair]);
+    for (int vector = lane; vector < num_vectors; vector += 32) {
+      to[vector] = from[vector];
     }
   }
 }

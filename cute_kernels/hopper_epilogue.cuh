@@ -34,6 +34,9 @@ class HopperEpilogue {
       return;
     }
     const unsigned region = stage + row_group_ * kRegionBytes;
+    if (args_.output_rows != nullptr && thread_ * 16 < unit.num_tokens) {
+      prefetch(args_.output_rows + unit.first_pair + thread_ * 16);  // a line of addresses
+    }
     sync_warpgroup(barrier_);
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
@@ -47,6 +50,10 @@ class HopperEpilogue {
   }
 
  private:
+  static __device__ __forceinline__ void prefetch(const void *from) {
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(from));
+  }
+
   __device__ __forceinline__ void weigh(const HopperUnit &unit, Sums sums) const {
 #pragma unroll
     for (int j = 0; j < Tile::kLimit / 8; ++j) {
@@ -101,9 +108,7 @@ class HopperEpilogue {
                         row_group_ * (Tile::kBlocks * Tile::kBlockFeatures) + chunk * kChunk;
     if (feature >= args_.num_features) return;
     const int left = min(unit.num_tokens - turn * kTurnTokens, kTurnTokens);
-    unsigned short *row =
-        static_cast<unsigned short *>(args_.output) + feature +
-        static_cast<long long>(unit.first_pair + turn * kTurnTokens + first) * args_.num_features;
+    const int first_pair = unit.first_pair + turn * kTurnTokens + first;
 #pragma unroll
     for (int step = 0; step < kSteps; step += kAtOnce) {
       uint4 values[kAtOnce];
@@ -113,8 +118,10 @@ class HopperEpilogue {
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        if (first + (step + i) * kStepTokens < left) *reinterpret_cast<uint4 *>(row) = values[i];
-        row += kStepTokens * args_.num_features;
+        const int behind = (step + i) * kStepTokens;
+        if (first + behind < left) {
+          *reinterpret_cast<uint4 *>(output_row(args_, first_pair + behind) + feature) = values[i];
+        }
       }
     }
   }

@@ -53,8 +53,8 @@ class HopperConsumer {
         row_group_(warpgroup % Tile::kRowGroups),
         part_(warpgroup / Tile::kRowGroups),
         operand_(make_operand(launch, row_group_)),
-        epilogue_({launch.args.output, launch.args.pair_weight, launch.args.num_features,
-                   launch.args.output_float32},
+        epilogue_({launch.args.output, launch.args.output_rows, launch.args.pair_weight,
+                   launch.args.num_features, launch.args.output_float32},
                   row_group_, 1 + warpgroup) {}
 
   __device__ __forceinline__ void run() {

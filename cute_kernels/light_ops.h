@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define LIGHT_OPS_ABI 3
+#define LIGHT_OPS_ABI 4
 
 #if defined(__GNUC__) && !defined(__CUDACC__)
 #define LIGHT_API __attribute__((visibility("default")))
@@ -80,6 +80,7 @@ typedef struct light_grouped_gemm_args {
   long long slot_bytes;      // from one slot's matrix to the next slot's
   const float *pair_weight;  // [P] multiplies a pair's output; null: 1
   void *output;              // [P, num_features] of dtype, or float32 where output_float32
+  void *const *output_rows;  // [P] address of each pair's row, of dtype; null: rows of output
   int depth;                 // summed dimension, a multiple of 8
   int num_features;          // columns of the output, a multiple of 8
   int swiglu;
@@ -102,6 +103,7 @@ typedef struct light_quant_gemm_args {
   long long slot_bytes;      // from one slot's blob to the next's (weights, scales, zeros alike)
   const float *pair_weight;
   void *output;
+  void *const *output_rows;
   int depth;
   int num_features;
   int swiglu;                // rows of a 16-row block: 8 gate rows, then the 8 up rows beside them
@@ -127,6 +129,7 @@ typedef struct light_fp8_gemm_args {
   long long slot_bytes;      // from one slot's to the next's (weights and scales alike)
   const float *pair_weight;  // [P] multiplies a pair's output; null: 1
   void *output;              // [P, num_features] of dtype, or float32 where output_float32
+  void *const *output_rows;  // [P] address of each pair's row, of dtype; null: rows of output
   int depth;                 // a multiple of 16
   int num_features;          // a multiple of 8
   int swiglu;
@@ -289,14 +292,19 @@ typedef struct light_chunk {
   int num_experts_per_token;
 } light_chunk;
 
-// rows[p] = hidden state of pair p's token, for every pair of the chunk that this rank computes, and
-// pair_weight[p] its weight. As int8 the hidden states travel as light_permute_int8 makes them, and
-// become scale * code in 16 bits.
+// rows[p] = hidden state of pair p's token, for every pair of the chunk that this rank computes,
+// pair_weight[p] its weight, and output_rows[p] where its result goes: into results[s] of its token's
+// rank s, where those of a chunk lie by expert, then position. So an expert's go side by side: apart
+// they cost a third more over NVLink. As int8 the hidden states travel as light_permute_int8 makes
+// them, and become scale * code in 16 bits.
 typedef struct light_exchange_pull_args {
   const void *hidden[LIGHT_MAX_RANKS];  // [tokens, width] of each rank
+  void *results[LIGHT_MAX_RANKS];       // [tokens * K, width] of each rank
   light_chunk chunk;
   const float *weights;    // [W, choice_stride]; null: no pair_weight
   float *pair_weight;      // [P]
+  void **output_rows;      // [P]; null: no results; never as int8
+  const int *prefixes;     // [W, E + 1] first pair of each expert among the chunk's, of each rank
   void *rows;              // [P, width]
   long long scale_offset;  // of int8: from a rank's codes to its scales [tokens], in bytes
   int width_bytes;         // of a row as it travels: a multiple of 16
@@ -314,12 +322,22 @@ typedef struct light_exchange_sum_args {
   int width_bytes;         // of a result: a multiple of 16
 } light_exchange_sum_args;
 
-// output[t] = sum over ascending k of weights[t, k] * the result of pair (t, k), read on the rank
-// that computed it, in float32, rounded once. Where results are summed already: the sum of the sums
-// of token t, one a rank that has some, over ascending ranks.
+// Row p of what a rank has computed to its address, where the product did not write it there.
+typedef struct light_exchange_give_args {
+  const void *pairs;         // [P, width]
+  void *const *output_rows;  // [P]
+  const int *num_pairs;      // of which so many are there
+  int most_pairs;            // P
+  int width_bytes;           // a multiple of 16
+} light_exchange_give_args;
+
+// output[t] = sum over ascending k of weights[t, k] * the result of pair (t, k), in float32, rounded
+// once. Where results are summed already: the sum of the sums of token t, one a rank that has some,
+// over ascending ranks.
 typedef struct light_exchange_combine_args {
-  const void *pairs[LIGHT_MAX_RANKS];  // each rank's results of the chunk [P, width], or its sums
+  const void *results[LIGHT_MAX_RANKS];  // what each rank gave: [tokens * K, width], or its sums
   light_places places;
+  const int *prefixes;     // [E + 1] first pair of each expert among the chunk's, of this rank
   const int *choices;      // [tokens, K] of this rank
   const float *weights;    // [tokens, K]; not read where the results are summed
   void *output;            // [num_tokens, width]
@@ -329,7 +347,7 @@ typedef struct light_exchange_combine_args {
   int rank;
   int num_experts_per_token;
   int width_bytes;  // of a row as it travels: a multiple of 16
-  int on_cards;     // the pairs are in memory of cards, not of the host
+  int together;     // what all ranks gave lies at results[rank]
   int summed;       // what light_exchange_sum made; always so as int8
 } light_exchange_combine_args;
 
@@ -505,6 +523,8 @@ LIGHT_API light_status light_exchange_pull(const light_exchange_pull_args *args,
                                            int as_int8, int max_ctas, light_stream stream);
 LIGHT_API light_status light_exchange_sum(const light_exchange_sum_args *args, light_dtype dtype,
                                           int as_int8, int max_ctas, light_stream stream);
+LIGHT_API light_status light_exchange_give(const light_exchange_give_args *args, int max_ctas,
+                                           light_stream stream);
 LIGHT_API light_status light_exchange_combine(const light_exchange_combine_args *args,
                                               light_dtype dtype, int as_int8, int max_ctas,
                                               light_stream stream);

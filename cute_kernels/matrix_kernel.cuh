@@ -32,7 +32,8 @@ class MatrixKernel {
                Tile::kSwiglu ? 2 * args.num_features : args.num_features, args.depth_splits),
         weights_(args, warp_row_),
         tokens_(args.rows, args.depth, warp_token_),
-        epilogue_({args.output, args.pair_weight, args.num_features, args.output_float32},
+        epilogue_({args.output, args.output_rows, args.pair_weight, args.num_features,
+                   args.output_float32},
                   warp_row_, warp_token_),
         split_sums_(static_cast<float4 *>(args.split_sums)),
         split_tickets_(args.split_tickets) {}

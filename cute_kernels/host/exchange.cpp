@@ -80,25 +80,22 @@ light_status launch_tokens(const std::string &name, long long num_tokens, int ma
                          args, stream);
 }
 
-// A warp has `tokens_per_warp` tokens at a time in the bulk kernel, one in the plain one.
-template <class Args>
-light_status launch_rows(const std::string &name, const std::string &suffix, long long num_tokens,
-                         int tokens_per_warp, int max_ctas, const Args &args,
+// The bulk kernel, where a warp has 32 tokens at a time, if it has enough of them.
+light_status launch_pull(long long num_tokens, int max_ctas, const light_exchange_pull_args &args,
                          light_stream stream) {
+  const char *const name = "exchange_pull";
   const Kernel *kernel = nullptr;
-  LIGHT_TRY(find_kernel("exchange", name + suffix, kThreads, 0, &kernel));
-  const long long bulk_ctas = num_tokens / (ring::kWarps * tokens_per_warp);
+  LIGHT_TRY(find_kernel("exchange", name, kThreads, 0, &kernel));
   const bool bulk = args.on_cards && kernel->architecture >= kBulkCopiesFrom &&
-                    bulk_ctas >= kFewestBulkCtas;
-  if (bulk) {
-    LIGHT_TRY(
-        find_kernel("exchange", name + "_bulk" + suffix, kBulkThreads, ring::kBytes, &kernel));
+                    num_tokens / kBulkThreads >= kFewestBulkCtas;
+  if (!bulk) {
+    return launch_tokens(name, num_tokens, max_ctas, args, stream);
   }
-  const long long per_cta = kernel->threads / 32 * (bulk ? tokens_per_warp : 1);
+  LIGHT_TRY(find_kernel("exchange", "exchange_pull_bulk", kBulkThreads, ring::kBytes, &kernel));
   const long long most = max_ctas > 0 ? max_ctas : kernel->resident_ctas();
-  const long long wanted = (num_tokens + per_cta - 1) / per_cta;
-  const long long num_ctas = std::max(1LL, std::min(wanted, most));
-  return launch(*kernel, {static_cast<unsigned int>(num_ctas)}, args, stream, kInTurn);
+  const long long wanted = (num_tokens + kBulkThreads - 1) / kBulkThreads;
+  return launch(*kernel, {static_cast<unsigned int>(std::min(wanted, most))}, args, stream,
+                kInTurn);
 }
 
 }  // namespace
@@ -150,13 +147,25 @@ light_status light_exchange_pull(const light_exchange_pull_args *args, light_dty
   if ((args->weights == nullptr) != (args->pair_weight == nullptr)) {
     return light::fail(LIGHT_BAD_ARGUMENT, "%s: weights and pair_weight go together", stem);
   }
+  if (as_int8 && args->output_rows != nullptr) {
+    return light::fail(LIGHT_BAD_ARGUMENT, "%s: int8 is for sums, not for results", stem);
+  }
   if (!as_int8) {
-    return light::launch_rows(stem, "", num_tokens, 32, max_ctas, *args, stream);
+    return light::launch_pull(num_tokens, max_ctas, *args, stream);
   }
   const char *suffix = nullptr;
   LIGHT_TRY(light::find_suffix(stem, dtype, true, &suffix));
   return light::launch_tokens(std::string("exchange_pull_int8") + suffix, num_tokens, max_ctas,
                               *args, stream);
+}
+
+light_status light_exchange_give(const light_exchange_give_args *args, int max_ctas,
+                                 light_stream stream) {
+  LIGHT_TRY(light::check_width("exchange_give", args->width_bytes, 1));
+  if (args->most_pairs <= 0) {
+    return LIGHT_OK;
+  }
+  return light::launch_tokens("exchange_give", args->most_pairs, max_ctas, *args, stream);
 }
 
 light_status light_exchange_sum(const light_exchange_sum_args *args, light_dtype dtype,
@@ -189,8 +198,10 @@ light_status light_exchange_combine(const light_exchange_combine_args *args, lig
   if (args->num_tokens == 0) {
     return LIGHT_OK;
   }
-  return light::launch_rows(as_int8 ? "exchange_combine_int8" : stem, suffix, args->num_tokens,
-                            32 / args->num_experts_per_token, max_ctas, *args, stream);
+  // Few tokens are cut into parts of rows, 32 times 16 bytes each.
+  const long long parts = (args->width_bytes + 511) / 512;
+  const std::string name = std::string(as_int8 ? "exchange_combine_int8" : stem) + suffix;
+  return light::launch_tokens(name, args->num_tokens * parts, max_ctas, *args, stream);
 }
 
 light_status light_exchange_count(const light_exchange_count_args *args, light_stream stream) {

@@ -112,8 +112,10 @@ light_status check_matrix(const MatrixLaunch &launch) {
   LIGHT_TRY(check_tile(launch));
   LIGHT_TRY(check_groups(launch));
   if (launch.groups.num_pairs > 0 &&
-      (launch.rows == nullptr || launch.weights == nullptr || launch.output == nullptr)) {
-    return fail(LIGHT_BAD_ARGUMENT, "%s: rows, weights or output is null", launch.stem);
+      (launch.rows == nullptr || launch.weights == nullptr ||
+       (launch.output == nullptr) == (launch.output_rows == nullptr))) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: rows or weights is null, or output and output_rows both"
+                " are or neither is", launch.stem);
   }
   const int whole = kChunkBytes * 8 / launch.row_bits;
   if (launch.depth < whole || launch.depth % whole || launch.num_features < 8 ||
@@ -121,8 +123,9 @@ light_status check_matrix(const MatrixLaunch &launch) {
     return fail(LIGHT_BAD_ARGUMENT, "%s: depth %d and %d features must be multiples of %s",
                 launch.stem, launch.depth, launch.num_features, whole == 8 ? "8" : "16 and of 8");
   }
-  if (launch.swiglu && launch.output_float32) {
-    return fail(LIGHT_BAD_ARGUMENT, "%s: swiglu has no float32 output", launch.stem);
+  if (launch.output_float32 && (launch.swiglu || launch.output_rows != nullptr)) {
+    return fail(LIGHT_BAD_ARGUMENT, "%s: %s has no float32 output", launch.stem,
+                launch.swiglu ? "swiglu" : "output_rows");
   }
   return check_splits(launch);
 }
@@ -147,7 +150,11 @@ light_status launch_instance(const MatrixLaunch &launch, int shared_bytes, const
   if (launch.max_ctas > 0) {
     num_ctas = std::min<long long>(num_ctas, launch.max_ctas);
   }
-  return launch_bytes(*kernel, {static_cast<unsigned int>(num_ctas)}, args, launch.stream, {});
+  // Where multiprocessors are left to others, a product that waits ahead of its turn would hold them.
+  LaunchOptions options;
+  options.overlapped = launch.max_ctas <= 0;
+  return launch_bytes(*kernel, {static_cast<unsigned int>(num_ctas)}, args, launch.stream,
+                      options);
 }
 
 }  // namespace light

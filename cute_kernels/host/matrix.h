@@ -27,7 +27,7 @@ struct MatrixLaunch {
   int max_ctas;
   light_stream stream;
   const light_pair_groups &groups;
-  const void *rows, *weights, *output;
+  const void *rows, *weights, *output, *output_rows;
   int depth, num_features;
   bool swiglu, output_float32;
   DepthSplits splits;
@@ -47,6 +47,7 @@ struct MatrixLaunch {
         rows(args.rows),
         weights(args.weights),
         output(args.output),
+        output_rows(args.output_rows),
         depth(args.depth),
         num_features(args.num_features),
         swiglu(args.swiglu != 0),

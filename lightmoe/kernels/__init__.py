@@ -67,7 +67,10 @@ __all__ = [
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 
-_OF_GPUS = ("deterministic", "expected", "groups_settled", "max_ctas", "max_queries")
+_OF_GPUS = (
+    *("deterministic", "expected", "groups_settled", "max_ctas", "max_queries"),
+    "output_rows",  # the reference returns the rows
+)
 """Arguments that say how, not what; the reference has one way."""
 
 

@@ -1,7 +1,7 @@
 """The exchange over arenas that all ranks address, by liblight_ops: nothing here waits for a GPU.
 
 An arena is the same everywhere; a rank pushes its choices into all of them, pulls the hidden states
-its experts need, and pulls the results of its own tokens.
+its experts need, and writes each result into the arena of its token's rank.
 """
 
 from __future__ import annotations
@@ -151,28 +151,32 @@ class Places:
     def combine(
         self,
         output: Tensor,
-        pair_addresses: Sequence[int],
+        results: Sequence[int],
+        prefixes: Tensor,
         choices: int,
         weights: Tensor,
         first_token: int,
         *,
         rank: int,
-        on_cards: bool,
+        together: bool,
         block: RowBlock,
         summed: bool = False,
         max_ctas: int = 0,
     ) -> None:
         """Sum the chunk's results into output [T of the chunk, D], in ascending k, in fp32.
 
-        `weights` fp32 [T, K] and `choices` are of all tokens of this rank. With `summed` there is
-        the weighted sum of a token's results on every rank that has some, at the token's number:
-        these are added in ascending rank.
+        `weights` fp32 [T, K], `choices` and what each rank gave, at its address in `results`
+        [T * K, D] as Chunk.pull says, are of all tokens of this rank; `together`: all of it is at
+        this rank's own. `prefixes` int32 [E + 1] are this rank's, of the chunk. With `summed` a
+        rank gave the weighted sum [T, D] of each token of which it had results: these are added in
+        ascending rank.
         """
         library().launch(
             "exchange_combine",
             output.device,
-            pairs=pair_addresses,
+            results=results,
             places=self._fields,
+            prefixes=address(prefixes),
             choices=choices,
             weights=address(weights),
             output=address(output),
@@ -182,7 +186,7 @@ class Places:
             rank=rank,
             num_experts_per_token=weights.shape[1],
             width_bytes=block.row_bytes,
-            on_cards=on_cards,
+            together=together,
             summed=summed,
             dtype=_DTYPES[output.dtype],
             as_int8=block.as_int8,
@@ -194,12 +198,14 @@ class Places:
 class Chunk:
     """The tokens of a chunk, `spans` of each rank's, where their pairs go, and what ranks shared.
 
-    `choices` int32 [W, S] are all ranks', with room for S.
+    `choices` int32 [W, S] are all ranks', with room for S; `prefixes` int32 [W, E + 1] the prefix
+    sums of each rank's pairs per expert.
     """
 
     spans: Sequence[slice]
     places: Places
     choices: Tensor
+    prefixes: Tensor
     rank: int
     num_experts_per_token: int
 
@@ -224,20 +230,26 @@ class Chunk:
         on_cards: bool,
         weights: Tensor | None = None,
         pair_weight: Tensor | None = None,
+        results: Sequence[int] = (),
+        output_rows: Tensor | None = None,
         max_ctas: int = 0,
     ) -> None:
-        """Fill rows [P, D], those of all pairs that this rank computes, and their pair_weight [P].
+        """Fill rows [P, D], those of all pairs that this rank computes, and what goes with them.
 
-        `weights` fp32 [W, S] are all ranks', None without pair_weight. `on_cards`: hidden states of
-        other ranks are in their cards' memory, not in the host's.
+        `weights` fp32 [W, S] are all ranks', for pair_weight [P]. `results` are where each rank
+        wants those of its tokens [T * K, D], a chunk's by expert, then position, for output_rows
+        int64 [P]: the address for each pair's. `on_cards`: hidden states of other ranks are in their cards' memory, not in the host's.
         """
         library().launch(
             "exchange_pull",
             rows.device,
             hidden=hidden_addresses,
+            results=results,
             chunk=self._fields,
             weights=address(weights),
             pair_weight=address(pair_weight),
+            output_rows=address(output_rows),
+            prefixes=address(self.prefixes),
             rows=address(rows),
             scale_offset=block.scale_offset,
             width_bytes=block.row_bytes,
@@ -280,19 +292,16 @@ class Chunk:
         )
 
 
-def upload(rows: Tensor, to: int, count: Tensor, max_ctas: int = 0) -> None:
-    """Copy the first of rows [N, D] to an address: `count` int32 [1], which the device knows."""
-    if not len(rows):
-        return
+def give(pairs: Tensor, output_rows: Tensor, count: Tensor, max_ctas: int = 0) -> None:
+    """Copy the first `count`, int32 [1] on the device, of pairs [P, D] to addresses int64 [P]."""
     library().launch(
-        "permute",
-        rows.device,
-        rows=address(rows),
-        row_index=0,
-        output=to,
-        num_rows=len(rows),
-        width_bytes=rows.shape[1] * rows.element_size(),
-        row_count=address(count),
+        "exchange_give",
+        pairs.device,
+        pairs=address(pairs),
+        output_rows=address(output_rows),
+        num_pairs=address(count),
+        most_pairs=len(pairs),
+        width_bytes=pairs.shape[1] * pairs.element_size(),
         max_ctas=max_ctas,
     )
 

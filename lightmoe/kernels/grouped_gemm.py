@@ -42,14 +42,17 @@ def grouped_gemm(
     groups_settled: bool = False,
     expected: tuple[int, int] | None = None,
     output: Tensor | None = None,
+    output_rows: Tensor | None = None,
 ) -> Tensor:
     """[R, D] x [S, N, D] -> [P, N], with `swiglu` [P, N / 2]; rounded once, from fp32 sums.
 
     `max_ctas` bounds the multiprocessors that are used, None: all. With `groups_settled` the tables
     of `groups` are older than the kernel in front of this one, and weights are fetched while that
     still runs: neither may be what it writes. `expected` pairs and groups choose the tile where
-    those of `groups` are only bounds. `output` is written and returned where given. UsageError
-    names the tensor that does not fit. The rest is reference.grouped_gemm's.
+    those of `groups` are only bounds. `output` is written and returned where given. `output_rows`
+    int64 [P] are addresses in memory that the device reaches: row p goes to that of pair p instead,
+    and what is returned has no rows, [0, N]. UsageError names the tensor that does not fit. The
+    rest is reference.grouped_gemm's.
     """
     require_shape(_STEM, "weights", weights, None, None, None)
     require_shape(_STEM, "rows", rows, None, weights.shape[2])
@@ -63,13 +66,19 @@ def grouped_gemm(
         offsets=groups.offsets,
         row_index=row_index,
         pair_weight=pair_weight,
+        output_rows=output_rows,
     )
     num_pairs = groups.num_pairs
     num_features = weights.shape[1] // (2 if swiglu else 1)
-    if output is None:
-        output = rows.new_empty(num_pairs, num_features)
-    require_shape(_STEM, "output", output, num_pairs, num_features)
-    require_dtype(_STEM, "output", output, rows.dtype)
+    if output_rows is not None:
+        require_shape(_STEM, "output_rows", output_rows, num_pairs)
+        require_dtype(_STEM, "output_rows", output_rows, torch.int64)
+        output = rows.new_empty(0, num_features)
+    else:
+        if output is None:
+            output = rows.new_empty(num_pairs, num_features)
+        require_shape(_STEM, "output", output, num_pairs, num_features)
+        require_dtype(_STEM, "output", output, rows.dtype)
     if not num_pairs:
         return output
     plan = plan_weights(
@@ -94,6 +103,7 @@ def grouped_gemm(
         output,
         row_index=row_index,
         pair_weight=pair_weight,
+        output_rows=output_rows,
         swiglu=swiglu,
         max_ctas=max_ctas,
         groups_settled=groups_settled,
@@ -145,6 +155,7 @@ def launch_product(
     swiglu: bool,
     row_index: Tensor | None = None,
     pair_weight: Tensor | None = None,
+    output_rows: Tensor | None = None,
     max_ctas: int | None = None,
     groups_settled: bool = False,
 ) -> None:
@@ -161,7 +172,8 @@ def launch_product(
         weights=address(weights),
         slot_bytes=weights.stride(0) * weights.element_size(),
         pair_weight=address(pair_weight),
-        output=address(output),
+        output=0 if output_rows is not None else address(output),
+        output_rows=address(output_rows),
         depth=rows.shape[1],
         num_features=output.shape[1],
         swiglu=swiglu,

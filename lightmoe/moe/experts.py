@@ -52,7 +52,8 @@ class Experts:
     ) -> Tensor:
         """The product of every pair: [R, D] -> [P, D], in the receipt's order.
 
-        `output` is written and returned where given; `max_ctas` bounds the multiprocessors.
+        Those that go where the receipt says are not returned: [0, D]. `output` is written and
+        returned where given; `max_ctas` bounds the multiprocessors.
         """
         if not len(self._pool.blobs):
             # A rank without experts computes nothing, but takes part in the exchange.
@@ -77,4 +78,5 @@ class Experts:
             groups_settled=True,
             expected=receipt.expected,
             output=output,
+            output_rows=receipt.output_rows,
         )

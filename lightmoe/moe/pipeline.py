@@ -92,6 +92,7 @@ def _overlapped(
         output = dispatcher.output_of(receipt)
         with span("experts", chunk=index):
             pairs = experts(rows, receipt, output=output, max_ctas=expert_ctas)
+        pairs.record_stream(exchange)
         done = compute.record_event()
     with torch.cuda.stream(exchange), span("combine", chunk=len(receipts) - 1):
         exchange.wait_event(done)

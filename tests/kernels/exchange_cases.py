@@ -17,6 +17,7 @@ from tests.moe.cases import random_copies
 
 POSITION_BITS = 20
 _Addresses = ctypes.c_void_p * MAX_RANKS
+_PULLED = ("weights", "pair_weight", "output_rows", "prefixes", "rows")
 _Numbers = ctypes.c_int * MAX_RANKS
 
 
@@ -49,8 +50,9 @@ class PullArgs(ctypes.Structure):
 
     _fields_ = [
         ("hidden", _Addresses),
+        ("results", _Addresses),
         ("chunk", ChunkArgs),
-        *((name, ctypes.c_void_p) for name in ("weights", "pair_weight", "rows")),
+        *((name, ctypes.c_void_p) for name in _PULLED),
         ("scale_offset", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in ("width_bytes", "on_cards")),
     ]
@@ -68,19 +70,28 @@ class SumArgs(ctypes.Structure):
     ]
 
 
+class GiveArgs(ctypes.Structure):
+    """light_exchange_give_args."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("pairs", "output_rows", "num_pairs")),
+        *((name, ctypes.c_int) for name in ("most_pairs", "width_bytes")),
+    ]
+
+
 class CombineArgs(ctypes.Structure):
     """light_exchange_combine_args."""
 
     _fields_ = [
-        ("pairs", _Addresses),
+        ("results", _Addresses),
         ("places", PlacesArgs),
-        *((name, ctypes.c_void_p) for name in ("choices", "weights", "output")),
+        *((name, ctypes.c_void_p) for name in ("prefixes", "choices", "weights", "output")),
         ("scale_offset", ctypes.c_longlong),
         *(
             (name, ctypes.c_int)
             for name in (
                 *("first_token", "num_tokens", "rank", "num_experts_per_token", "width_bytes"),
-                *("on_cards", "summed"),
+                *("together", "summed"),
             )
         ),
     ]
@@ -112,6 +123,7 @@ class Ranks:
     choices: Tensor  # int32 [W, T * K]
     segments: Tensor  # int32 [W, E, copies, 2]
     copy_ranks: Tensor  # int32 [E, copies]
+    prefixes: Tensor  # int32 [W, E + 1]
     target: Tensor
     position: Tensor
     num_pairs: list[int]
@@ -148,6 +160,7 @@ class Ranks:
             choices=torch.full((num_ranks, num_tokens * per_token), -1, dtype=torch.int32),
             segments=torch.zeros(num_ranks, num_experts, most, 2, dtype=torch.int32),
             copy_ranks=table,
+            prefixes=torch.zeros(num_ranks, num_experts + 1, dtype=torch.int32),
             target=torch.full(experts.shape, -1),
             position=torch.full(experts.shape, -1),
             num_pairs=[0] * num_ranks,
@@ -177,6 +190,7 @@ class Ranks:
                         choice = expert << POSITION_BITS | number
                         self.choices[source, token * per_token + k] = choice
                     self.num_pairs[rank] += end - begin
+                self.prefixes[source, expert + 1 :] += len(where)
                 self.segments[source, expert, len(held) :] = self.segments[
                     source, expert, len(held) - 1
                 ]
@@ -204,6 +218,14 @@ class Ranks:
             self.num_ranks,
             self.weights.shape[2],
         )
+
+    def result_rows(self) -> Tensor:
+        """Where each pair's result lies on its token's rank: by expert, then position [W, T, K]."""
+        choices = self.choices.view(self.weights.shape).long()
+        first = torch.tensor([span.start for span in self.spans]) * self.weights.shape[2]
+        expert, position = choices >> POSITION_BITS, choices % (1 << POSITION_BITS)
+        before = self.prefixes.long().gather(1, expert.clamp(min=0).flatten(1)).view_as(expert)
+        return first[:, None, None] + before + position
 
     def blocks(self, num_blocks: int) -> Tensor:
         """Room for so many blocks, poisoned: uint8 [blocks, bytes]."""

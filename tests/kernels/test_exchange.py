@@ -12,7 +12,14 @@ from torch import Tensor
 
 from lightmoe.kernels.exchange import RowBlock
 from tests.kernels.drivers import HERE
-from tests.kernels.exchange_cases import CombineArgs, CountArgs, PullArgs, Ranks, SumArgs
+from tests.kernels.exchange_cases import (
+    CombineArgs,
+    CountArgs,
+    GiveArgs,
+    PullArgs,
+    Ranks,
+    SumArgs,
+)
 from tests.kernels.route_cases import compile_host
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -32,7 +39,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     library = tmp_path_factory.mktemp("emulated") / "exchange.so"
     source = HERE / "emulator/exchange.cpp"
     kernels = ctypes.CDLL(str(compile_host(source, library, f"-I{HERE / 'emulator/cuda'}")))
-    for name in ("run_pull", "run_sum", "run_combine", "run_count"):
+    for name in ("run_pull", "run_give", "run_sum", "run_combine", "run_count"):
         getattr(kernels, name).restype = ctypes.c_bool
     return kernels
 
@@ -58,11 +65,15 @@ def test_every_pair_gets_its_row_and_its_weight(
         for rank in range(ranks.num_ranks):
             rows = torch.full((ranks.num_pairs[rank], ranks.block.width), 9.0, dtype=dtype)
             pair_weight = torch.full((ranks.num_pairs[rank],), 9.0)
+            output_rows = torch.full((ranks.num_pairs[rank],), -1)
             args = PullArgs(
+                ranks.addresses(arenas),
                 ranks.addresses(arenas),
                 ranks.chunk(rank),
                 ranks.weights.data_ptr(),
                 pair_weight.data_ptr(),
+                output_rows.data_ptr(),
+                ranks.prefixes.data_ptr(),
                 rows.data_ptr(),
                 ranks.block.scale_offset,
                 ranks.block.row_bytes,
@@ -75,6 +86,9 @@ def test_every_pair_gets_its_row_and_its_weight(
             assert sorted(at.tolist()) == list(range(ranks.num_pairs[rank]))
             assert torch.equal(rows[at], wanted[source, token])
             assert torch.equal(pair_weight[at], ranks.weights[source, token, k])
+            begin = torch.tensor([arena.data_ptr() for arena in arenas])[source]
+            number = ranks.result_rows()[source, token, k]
+            assert torch.equal(output_rows[at] - begin, number * ranks.block.row_bytes)
 
     check()
 
@@ -102,11 +116,14 @@ def test_tokens_get_the_sum_of_their_sums(
             assert emulated.run_sum(ctypes.byref(args), is_float32, as_int8)
             arenas.append(arena)
         for source, span in enumerate(ranks.spans):
+            if span.start == span.stop:
+                continue  # the host launches nothing
             output = torch.full((span.stop - span.start, ranks.block.width), 9.0, dtype=dtype)
             here = torch.stack([arena[source] for arena in arenas])
             args = CombineArgs(
                 ranks.addresses(here),
                 ranks.places(),
+                0,
                 ranks.choices[source].data_ptr(),
                 0,
                 output.data_ptr(),
@@ -129,18 +146,29 @@ def test_tokens_get_the_sum_of_their_sums(
     check()
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_results_apart_are_weighted_in_ascending_k(
-    emulated: ctypes.CDLL, dtype: torch.dtype
+def test_results_that_were_given_are_weighted_in_ascending_k(
+    emulated: ctypes.CDLL, dtype: torch.dtype, together: bool
 ) -> None:
     ranks = Ranks.random(5, dtype, as_int8=False)
     results = [pairs_of(ranks, rank) for rank in range(ranks.num_ranks)]
-    pointers = type(ranks.addresses(ranks.blocks(1)))(*(pairs.data_ptr() for pairs in results))
+    per_token = ranks.weights.shape[2]
     for source, span in enumerate(ranks.spans):
+        if span.start == span.stop:
+            continue  # the host launches nothing
+        # A rank gives itself its results elsewhere than the others do, unless all lie together.
+        rooms = [torch.full((17 * per_token, ranks.block.width), 9.0, dtype=dtype)] * 2
+        if not together:
+            rooms[1] = rooms[0].clone()
+        for rank, pairs in enumerate(results):
+            give(emulated, ranks, rank, source, pairs, rooms[rank == source])
+        room_of = [rooms[rank == source] for rank in range(ranks.num_ranks)]
         output = torch.full((span.stop - span.start, ranks.block.width), 9.0, dtype=dtype)
         args = CombineArgs(
-            pointers,
+            type(ranks.addresses(ranks.blocks(1)))(*(room.data_ptr() for room in room_of)),
             ranks.places(),
+            ranks.prefixes[source].data_ptr(),
             ranks.choices[source].data_ptr(),
             ranks.weights[source].data_ptr(),
             output.data_ptr(),
@@ -148,10 +176,10 @@ def test_results_apart_are_weighted_in_ascending_k(
             span.start,
             len(output),
             source,
-            ranks.weights.shape[2],
+            per_token,
             ranks.block.row_bytes,
+            together,
         )
-
         assert emulated.run_combine(ctypes.byref(args), dtype == torch.float32, False)
 
         for token, found in enumerate(output, span.start):
@@ -162,6 +190,26 @@ def test_results_apart_are_weighted_in_ascending_k(
                     pair = results[target][ranks.position[source, token, k]]
                     wanted += weight * pair.float()
             torch.testing.assert_close(found, wanted.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def give(
+    emulated: ctypes.CDLL, ranks: Ranks, rank: int, source: int, pairs: Tensor, room: Tensor
+) -> None:
+    """What `rank` has for tokens of `source`, by the kernel that carries results."""
+    token, k = torch.where(ranks.target[source] == rank)
+    mine = ranks.position[source, token, k]
+    number = ranks.result_rows()[source, token, k]
+    output_rows = room.data_ptr() + number * ranks.block.row_bytes
+    count = torch.tensor([len(mine)], dtype=torch.int32)
+    chosen = pairs[mine]
+    args = GiveArgs(
+        chosen.data_ptr(),
+        output_rows.data_ptr(),
+        count.data_ptr(),
+        len(mine) + 5,
+        ranks.block.row_bytes,
+    )
+    assert emulated.run_give(ctypes.byref(args))
 
 
 @pytest.mark.parametrize("summed", [False, True])

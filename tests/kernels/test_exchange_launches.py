@@ -43,9 +43,12 @@ SHARE = {
 }
 PULL = {
     "hidden": [16] * NUM_RANKS,
+    "results": [16] * NUM_RANKS,
     "chunk": chunk(100),
     "weights": 0,
     "pair_weight": 0,
+    "output_rows": 0,
+    "prefixes": 16,
     "rows": 16,
     "scale_offset": 0,
     "width_bytes": 512,
@@ -66,9 +69,19 @@ SUM = {
     "max_ctas": 0,
     "stream": 7,
 }
+GIVE = {
+    "pairs": 16,
+    "output_rows": 16,
+    "num_pairs": 16,
+    "most_pairs": 100,
+    "width_bytes": 512,
+    "max_ctas": 0,
+    "stream": 7,
+}
 COMBINE = {
-    "pairs": [16] * NUM_RANKS,
+    "results": [16] * NUM_RANKS,
     "places": PLACES,
+    "prefixes": 16,
     "choices": 16,
     "weights": 16,
     "output": 16,
@@ -78,7 +91,7 @@ COMBINE = {
     "rank": 1,
     "num_experts_per_token": PER_TOKEN,
     "width_bytes": 512,
-    "on_cards": True,
+    "together": True,
     "summed": False,
     "dtype": 1,
     "as_int8": False,
@@ -90,6 +103,7 @@ DEFAULTS = {
     "exchange_share": SHARE,
     "exchange_meet": {"flags": FLAGS, "stream": 7},
     "exchange_pull": PULL,
+    "exchange_give": GIVE,
     "exchange_sum": SUM,
     "exchange_combine": COMBINE,
     "exchange_count": COUNT,
@@ -155,29 +169,18 @@ def wanted(name: str, **changes: object) -> Call:
         ("exchange_sum", {}, ("exchange_sum_bf16", 25, 512)),
         ("exchange_sum", {"dtype": 2, "max_ctas": 4}, ("exchange_sum_f32", 4, 512)),
         ("exchange_sum", {"dtype": 0, "as_int8": True}, ("exchange_sum_int8_f16", 25, 512)),
-        # A warp a token of this rank.
+        # A warp a pair that there may be.
+        ("exchange_give", {}, ("exchange_give", 7, 512)),
+        ("exchange_give", {"most_pairs": 1 << 20, "max_ctas": 5}, ("exchange_give", 5, 512)),
+        # A warp 512 bytes of a token of this rank, as long as there is room for so many.
         ("exchange_combine", {}, ("exchange_combine_bf16", 7, 512)),
+        ("exchange_combine", {"width_bytes": 1040}, ("exchange_combine_bf16", 19, 512)),
         ("exchange_combine", {"dtype": 2}, ("exchange_combine_f32", 7, 512)),
-        ("exchange_combine", {"num_tokens": 2048}, ("exchange_combine_bulk_bf16", 16, 256)),
+        ("exchange_combine", {"num_tokens": 9999}, ("exchange_combine_bf16", 68, 512)),
         (
             "exchange_combine",
-            {"num_tokens": 2048, "summed": True, "dtype": 0},
-            ("exchange_combine_bulk_f16", 16, 256),
-        ),
-        (
-            "exchange_combine",
-            {"num_tokens": 2048, "on_cards": False},
-            ("exchange_combine_bf16", 68, 512),
-        ),
-        (
-            "exchange_combine",
-            {"summed": True, "as_int8": True},
-            ("exchange_combine_int8_bf16", 7, 512),
-        ),
-        (
-            "exchange_combine",
-            {"summed": True, "as_int8": True, "num_tokens": 2048},
-            ("exchange_combine_int8_bulk_bf16", 16, 256),
+            {"summed": True, "as_int8": True, "max_ctas": 3},
+            ("exchange_combine_int8_bf16", 3, 512),
         ),
         ("exchange_count", {}, ("exchange_count", 25, 512)),
     ],
@@ -207,18 +210,15 @@ def test_what_is_launched(
     assert "attributes" not in line or line.partition("attributes")[2].split() == []
 
 
-@pytest.mark.parametrize("name", ["exchange_pull", "exchange_combine"])
 def test_older_cards_have_no_bulk_copies(
-    host_library: Path, fake_driver: Path, kernels: Path, name: str
+    host_library: Path, fake_driver: Path, kernels: Path
 ) -> None:
-    changes = {"num_tokens": 4096} if name == "exchange_combine" else {"chunk": chunk(4096)}
-
     lines = call(
         host_library,
         fake_driver,
         opened(kernels),
         BIND,
-        wanted(name, **changes),
+        wanted("exchange_pull", chunk=chunk(4096)),
         FAKE_CAPABILITY=75,
     )
 
@@ -226,15 +226,16 @@ def test_older_cards_have_no_bulk_copies(
     assert "bulk" not in line
 
 
-def test_a_rank_without_tokens_adds_up_nothing(
-    host_library: Path, fake_driver: Path, kernels: Path
+@pytest.mark.parametrize(
+    ("name", "none"), [("exchange_combine", "num_tokens"), ("exchange_give", "most_pairs")]
+)
+def test_what_there_is_nothing_of_is_not_launched(
+    host_library: Path, fake_driver: Path, kernels: Path, name: str, none: str
 ) -> None:
-    lines = call(
-        host_library, fake_driver, opened(kernels), BIND, wanted("exchange_combine", num_tokens=0)
-    )
+    lines = call(host_library, fake_driver, opened(kernels), BIND, wanted(name, **{none: 0}))
 
     assert launches(lines) == []
-    assert lines[-1] == "exchange_combine: 0"
+    assert lines[-1] == f"{name}: 0"
 
 
 MANY = [16] * 65
@@ -262,6 +263,8 @@ MANY = [16] * 65
         ("exchange_pull", {"width_bytes": 8}, "rows of 8 bytes"),
         ("exchange_pull", {"weights": 16}, "weights and pair_weight go together"),
         ("exchange_pull", {"as_int8": True, "dtype": 2}, "dtype 2 is neither fp16 nor bf16"),
+        ("exchange_pull", {"as_int8": True, "output_rows": 16}, "int8 is for sums"),
+        ("exchange_give", {"width_bytes": 24}, "rows of 24 bytes"),
         ("exchange_sum", {"chunk": chunk(9, rank=-1)}, "rank -1 of 4 ranks"),
         ("exchange_sum", {"dtype": 3}, "dtype 3 is none of fp16, bf16, fp32"),
         ("exchange_sum", {"as_int8": True, "dtype": 2}, "dtype 2 is neither fp16 nor bf16"),

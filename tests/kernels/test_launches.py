@@ -295,7 +295,7 @@ def test_loading_is_allowed_in_a_capture(
         ({"dtype": 2}, "dtype 2 is neither fp16 nor bf16"),
         ({"depth": 12}, "depth 12 and 512 features must be multiples of 8"),
         ({"num_features": 0}, "depth 256 and 0 features must be multiples of 8"),
-        ({"rows": 0}, "rows, weights or output is null"),
+        ({"rows": 0}, "rows or weights is null, or output and output_rows both"),
         ({"groups": (0, 16, 0, 0, 8, 9)}, "groups without a table of tiles"),
         ({"groups": (0, 16, 16, 16, 8, -1)}, "-1 pairs in 8 groups"),
         ({"tile": (*TILE[:4], 0, *TILE[5:])}, "no such tile as grouped_gemm_f16_w128_t64_d32_s2"),

@@ -22,6 +22,7 @@ from tests.kernels.exchange_cases import (
     ChunkArgs,
     CombineArgs,
     CountArgs,
+    GiveArgs,
     PlacesArgs,
     PullArgs,
     SumArgs,
@@ -109,10 +110,6 @@ class HostLibrary:
             ctypes.memmove(given["published"], given["hidden"], tokens * given["width_bytes"])
         self._all.wait()
 
-    def _permute(self, **given: Any) -> None:
-        num_rows = int(view(given["row_count"], torch.int32, 1))
-        ctypes.memmove(given["output"], given["rows"], num_rows * given["width_bytes"])
-
     def _permute_int8(self, **given: Any) -> None:
         shape = (given["num_rows"], given["width"])
         codes, scales = reference.permute_int8(
@@ -124,11 +121,19 @@ class HostLibrary:
     def _exchange_pull(self, **given: Any) -> None:
         args = PullArgs(
             _addresses(PullArgs, "hidden", given["hidden"]),
+            _addresses(PullArgs, "results", given["results"]),
             _chunk(given["chunk"]),
-            *(given[name] for name in ("weights", "pair_weight", "rows")),
+            *(
+                given[name]
+                for name in ("weights", "pair_weight", "output_rows", "prefixes", "rows")
+            ),
             *(given[name] for name in ("scale_offset", "width_bytes", "on_cards")),
         )
         self._run("run_pull", ctypes.byref(args), given["as_int8"])
+
+    def _exchange_give(self, **given: Any) -> None:
+        args = GiveArgs(*(given[name] for name, _ in GiveArgs._fields_))
+        self._run("run_give", ctypes.byref(args))
 
     def _exchange_sum(self, **given: Any) -> None:
         args = SumArgs(
@@ -142,11 +147,11 @@ class HostLibrary:
 
     def _exchange_combine(self, **given: Any) -> None:
         args = CombineArgs(
-            _addresses(CombineArgs, "pairs", given["pairs"]),
+            _addresses(CombineArgs, "results", given["results"]),
             PlacesArgs(*given["places"]),
-            *(given[name] for name in ("choices", "weights", "output", "scale_offset")),
+            *(given[name] for name in ("prefixes", "choices", "weights", "output", "scale_offset")),
             *(given[name] for name in ("first_token", "num_tokens", "rank")),
-            *(given[name] for name in ("num_experts_per_token", "width_bytes", "on_cards")),
+            *(given[name] for name in ("num_experts_per_token", "width_bytes", "together")),
             given["summed"],
         )
         self._run("run_combine", ctypes.byref(args), False, given["as_int8"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from moe.cases import LayerWeights, placement_of, random_copies
-from moe.gpu_ranks import run_on_ranks
+from moe.gpu_ranks import poison_results, run_on_ranks
 from torch import Tensor
 
 from lightmoe.distributed.communicator import Communicator
@@ -142,7 +142,7 @@ def _many_steps(
         if step % 10 == 0:
             rank.barrier()
             rank.lane.rows.fill_(float("nan"))
-            rank.lane.pairs.fill_(float("nan"))
+            poison_results(rank.lane)
             rank.barrier()
         _delay(own, torch.cuda.current_stream())
         _delay(own, rank.lane.stream)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from moe.cases import LayerWeights, placement_of, random_copies
-from moe.gpu_ranks import run_on_ranks
+from moe.gpu_ranks import poison_results, run_on_ranks
 from moe.test_copy_engine_gpu import EXPERT_WIDTH, MAX_TOKENS, NUM_EXPERTS, PER_TOKEN, WIDTH, Rank
 from torch import Tensor
 
@@ -121,7 +121,7 @@ def _many_steps(
         if step % 10 == 0:
             rank.barrier()
             rank.lane.rows.fill_(float("nan"))
-            rank.lane.pairs.fill_(float("nan"))
+            poison_results(rank.lane)
             rank.barrier()
         for stream in (torch.cuda.current_stream(), rank.lane.stream):
             if own.random() < 0.4:

@@ -39,6 +39,7 @@ class Receipt:
     | pair_row [P] | row of each pair, pairs sorted by slot; None: row p is pair p |
     | pair_index [T, K] | where each pair's result lies in what combine gets back |
     | pair_weight [P] | the routing weights, where the experts apply them and combine does not |
+    | output_rows [P] | addresses of the results where the experts can write them there, int64 |
     | expected | pairs and groups to plan for, where those of `groups` are only bounds |
     | send_row [rows sent] | token of each row sent, by destination rank, then token |
     | rows_sent, rows_received [W] | rows to / from each rank |
@@ -54,6 +55,7 @@ class Receipt:
     pair_row: Tensor | None = None
     pair_index: Tensor | None = None
     pair_weight: Tensor | None = None
+    output_rows: Tensor | None = None
     expected: tuple[int, int] | None = None
     send_row: Tensor | None = None
     rows_sent: Sequence[int] = ()

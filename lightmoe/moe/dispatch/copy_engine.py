@@ -1,12 +1,13 @@
 """Experts spread over GPUs whose memory, or pinned host memory, all ranks' kernels address.
 
 No host takes part in a step: choices are pushed to all ranks, every rank computes the same route on
-its device, pulls the rows of the pairs that are its own, and pulls its tokens' results where they
-were computed. So nothing needs a size on the host, and a step may be one CUDA graph.
+its device and pulls the rows of the pairs that are its own, and the experts' last product writes
+each result where its token's rank adds it up. So results take no multiprocessors from the experts,
+nothing needs a size on the host, and a step may be one CUDA graph.
 
-A rank overwrites its hidden states and results only after all ranks have read them: it goes on to
-the next layer once it has waited for everyone's results, which each rank announces after its own
-pulls, and it computes results again once everyone has announced the next layer's choices.
+A rank overwrites its hidden states only after all ranks have read them: it goes on to the next
+layer once it has waited for everyone's results, which each rank announces after its own pulls. It
+writes results to a rank only once that has announced the next layer's choices, after adding up.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from lightmoe.kernels.exchange import (
     Flags,
     Places,
     RowBlock,
-    upload,
+    give,
 )
 from lightmoe.kernels.library import address
 from lightmoe.moe.dispatch.base import (
@@ -101,7 +102,7 @@ class ArenaLayout:
             "prefixes": 4 * prefixes,
             "weights": 4 * choices if self.summed else 0,
             "hidden": self.block.num_bytes,
-            "pairs": self.num_ranks * self.block.num_bytes if self.summed else self._pair_bytes,
+            "results": self.num_ranks * self.block.num_bytes if self.summed else self._result_bytes,
         }
 
     @property
@@ -118,6 +119,11 @@ class ArenaLayout:
     def _pair_bytes(self) -> int:
         return self.max_pairs * self.row_bytes
 
+    @property
+    def _result_bytes(self) -> int:
+        """Of this rank's own tokens."""
+        return self.choice_stride * self.row_bytes
+
     @cached_property
     def offsets(self) -> dict[str, int]:
         """Where each part begins, and `end`."""
@@ -131,8 +137,14 @@ class ArenaLayout:
 
     @property
     def device_bytes(self) -> int:
-        """What a rank needs beside its arena: the pulled rows; to sum, results and weights."""
-        return 2 * self._pair_bytes + 4 * self.max_pairs if self.summed else self._pair_bytes
+        """What a rank needs beside its arena, at most.
+
+        The pulled rows, and the addresses of their results, or results and weights to sum.
+        """
+        if self.summed:
+            return 2 * self._pair_bytes + 4 * self.max_pairs
+        carried = 0 if self.element_bytes == 2 else self._pair_bytes
+        return self._pair_bytes + carried + self._result_bytes + 8 * self.max_pairs
 
 
 class PeerLane:
@@ -176,20 +188,19 @@ class PeerLane:
         self._arena_choices, self._arena_prefixes = choices, prefixes
         shape = (layout.max_pairs, layout.width)
         self.rows = torch.empty(shape, dtype=dtype, device=device)
-        self.pairs = self._open_pairs()
+        self._open_results()
         if not self._on_card:
             choices, prefixes = choices.to(device), prefixes.to(device)
         self.choices, self.prefixes = choices, prefixes
         self._hidden: Tensor | None = None
         self._sent: Tensor | None = None
 
-    def _open_pairs(self) -> Tensor:
-        """Room for the experts' results [P, D]: in the arena, if that is on the card."""
-        layout = self.layout
-        if not self._on_card:
-            return torch.empty_like(self.rows)
-        shape = (layout.max_pairs, layout.width)
-        return view_arena(self.memory.arena, layout.offsets["pairs"], shape, self.rows.dtype)
+    def _open_results(self) -> None:
+        """Room for the addresses of results, and for what a rank gives itself if not its arena."""
+        layout, device = self.layout, self.rows.device
+        self._output_rows = torch.empty(layout.max_pairs, dtype=torch.int64, device=device)
+        own_rows = 0 if self._on_card else layout.choice_stride
+        self.own_results = self.rows.new_empty(own_rows, layout.width)
 
     @property
     def _arena_hidden(self) -> Tensor:
@@ -266,6 +277,8 @@ class PeerLane:
             on_cards=self._on_card,
             weights=self.shared_weights,
             pair_weight=receipt.pair_weight,
+            results=self._with_own(self._addresses("results", 0)),
+            output_rows=receipt.output_rows,
             max_ctas=max_ctas,
         )
         if self._sent is not None:
@@ -278,6 +291,14 @@ class PeerLane:
 
     def pair_weight_of(self, first_pair: int, num_pairs: int) -> Tensor | None:
         """Where the weights [P] of a chunk's pairs come to lie; None: combine applies them."""
+        return None
+
+    def output_rows_of(self, first_pair: int, num_pairs: int) -> Tensor | None:
+        """Where the addresses [P] of a chunk's results come to lie; None: they stay here."""
+        return self._output_rows[first_pair:][:num_pairs]
+
+    def pairs_of(self, receipt: PeerReceipt) -> Tensor | None:
+        """Where the chunk's results go that stay here: [P, D]; None: none does."""
         return None
 
     def count_sent(self) -> None:
@@ -294,35 +315,43 @@ class PeerLane:
         sent[self.rank] = 0  # what stays does not travel
         return sent
 
-    def combine(self, receipt: PeerReceipt, weights: Tensor, output: Tensor, max_ctas: int) -> None:
-        """Announce this rank's results, wait for everyone's, and add up its tokens' own."""
-        first = receipt.first_pair
-        if not self._on_card:
-            self._upload(receipt, max_ctas)
+    def combine(
+        self, receipt: PeerReceipt, pairs: Tensor, weights: Tensor, output: Tensor, max_ctas: int
+    ) -> None:
+        """Announce that this rank's results are given, wait for everyone's, and add up its own.
+
+        `pairs` [P, D] are carried to where the experts have not written them: [0, D] if they have.
+        """
+        if len(pairs):
+            assert receipt.output_rows is not None
+            give(pairs, receipt.output_rows, receipt.groups.offsets[-1:], max_ctas)
+        self._add_up(receipt, weights, output, max_ctas)
+
+    def _add_up(self, receipt: PeerReceipt, weights: Tensor, output: Tensor, max_ctas: int) -> None:
         self._pair_flags.meet()
-        row_bytes = self.layout.row_bytes
-        addresses = self._addresses("pairs", first * row_bytes)
-        addresses[self.rank] = self.pairs[first:].data_ptr()
+        layout = self.layout
+        here = self._addresses("results", 0)[self.rank]
+        step = layout.block.num_bytes if layout.summed else 0
+        results = [here + rank * step for rank in range(layout.num_ranks)]
         receipt.chunk.places.combine(
             output,
-            addresses,
+            self._with_own(results),
+            receipt.chunk.prefixes[self.rank],
             address(self.choices[self.rank]),
             weights,
             receipt.tokens.start,
             rank=self.rank,
-            on_cards=self._on_card,
-            block=self.layout.block,
+            together=self._on_card,
+            block=layout.block,
+            summed=layout.summed,
             max_ctas=max_ctas,
         )
 
-    def _upload(self, receipt: PeerReceipt, max_ctas: int) -> None:
-        """Copy the pairs that there are into the arena: how many, only the device knows."""
-        to = self._addresses("pairs", receipt.first_pair * self.layout.row_bytes)[self.rank]
-        upload(self.pairs_of(receipt), to, receipt.groups.offsets[-1:], max_ctas)
-
-    def pairs_of(self, receipt: PeerReceipt) -> Tensor:
-        """Where the chunk's results go: [P, D]."""
-        return self.pairs[receipt.first_pair :][: receipt.groups.num_pairs]
+    def _with_own(self, addresses: list[int]) -> list[int]:
+        """The same but this rank's own, if that is not in the arena."""
+        if not self._on_card:
+            addresses[self.rank] = address(self.own_results)
+        return addresses
 
     def note_pairs(self, layer: int, count: Tensor) -> None:
         """int32 [1]: pairs of one of this step's chunks."""
@@ -340,9 +369,9 @@ class PeerLane:
                 for layer, count in zip(layers, counts, strict=True):
                     self._pairs_computed[layer].add_(count)
 
-    def take_pairs(self) -> np.ndarray:
-        """Pairs computed here since last asked, int32 [L]."""
-        counts: np.ndarray = self._pairs_computed.cpu().numpy().copy()
+    def move_pairs(self) -> Tensor:
+        """Pairs computed here since last asked, int32 [L], on the device: nothing waits for it."""
+        counts = self._pairs_computed.clone()
         self._pairs_computed.zero_()
         return counts
 
@@ -456,10 +485,12 @@ class CopyEngineDispatcher(Dispatcher):
             groups=split.groups,
             expected=expected,
             pair_weight=lane.pair_weight_of(first_pair, split.groups.num_pairs),
+            output_rows=lane.output_rows_of(first_pair, split.groups.num_pairs),
             chunk=Chunk(
                 spans,
                 Places(split.segments, self._tables.copy_ranks[self._layer]),
                 lane.choices,
+                lane.prefixes[chunk],
                 group.rank,
                 per_token,
             ),
@@ -475,17 +506,17 @@ class CopyEngineDispatcher(Dispatcher):
         self._lane.pull(receipt, rows, receipt.dispatch_ctas)
         return rows
 
-    def output_of(self, receipt: Receipt) -> Tensor:
-        """Where the experts write their results: other ranks read them there."""
+    def output_of(self, receipt: Receipt) -> Tensor | None:
+        """Where the experts write results that stay here; None: the receipt has their addresses."""
         assert isinstance(receipt, PeerReceipt)
         return self._lane.pairs_of(receipt)
 
     def combine(self, pairs: Tensor, weights: Tensor, receipt: Receipt) -> Tensor:
-        """The sum of each token's results, read where they were computed."""
+        """The sum of each token's results, once all ranks have given theirs."""
         assert isinstance(receipt, PeerReceipt)
         num_tokens = receipt.tokens.stop - receipt.tokens.start
         output = pairs.new_empty(num_tokens, pairs.shape[1])
-        self._lane.combine(receipt, weights, output, receipt.combine_ctas)
+        self._lane.combine(receipt, pairs, weights, output, receipt.combine_ctas)
         return output
 
 

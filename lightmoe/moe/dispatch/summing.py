@@ -1,9 +1,9 @@
 """copy_engine with fewer bytes on the links, for answers that may depend on the placement.
 
 The ranks share their routing weights, too. A rank applies them in its experts' second product, adds
-up what it has for each token, and others read one sum a (token, rank), not one result a pair.
-As int8 hidden states and sums travel as codes with one scale a row. So do a rank's own, which it
-reads from its own memory: a row is the same wherever its token's experts lie.
+up what it has for each token, and gives its rank one sum a (token, rank), not one result a pair.
+As int8 hidden states and sums travel as codes with one scale a row. So do a rank's own, which stay
+in its own memory: a row is the same wherever its token's experts lie.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightmoe.moe.dispatch.copy_engine import PeerLane, PeerReceipt, view_arena
 class SummingLane(PeerLane):
     """One rank's end of the arenas where ranks give sums, not results."""
 
-    def _open_pairs(self) -> Tensor:
+    def _open_results(self) -> None:
         """Results stay here; and here is what a rank gives itself, if the arena is the host's."""
         layout, device = self.layout, self.rows.device
         self._pair_weight = torch.empty(layout.max_pairs, dtype=torch.float32, device=device)
@@ -27,11 +27,11 @@ class SummingLane(PeerLane):
         self._arena_weights = view_arena(self.memory.arena, begin, shape, torch.float32)
         self._weights = self._arena_weights.to(device)  # the same, where that is on the card
         own_bytes = 0 if self._on_card else layout.block.num_bytes
-        self._own_sums = torch.empty(own_bytes, dtype=torch.uint8, device=device)
+        self.own_results = torch.empty(own_bytes, dtype=torch.uint8, device=device)
         hidden = self.memory.arena[layout.offsets["hidden"] :][: layout.block.num_bytes]
         self._arena_block = hidden
         self._own_block = hidden.to(device)
-        return torch.empty_like(self.rows)
+        self._pairs = torch.empty_like(self.rows)
 
     @property
     def shared_weights(self) -> Tensor:
@@ -41,6 +41,14 @@ class SummingLane(PeerLane):
     def pair_weight_of(self, first_pair: int, num_pairs: int) -> Tensor:
         """Where the weights [P] of a chunk's pairs come to lie."""
         return self._pair_weight[first_pair:][:num_pairs]
+
+    def output_rows_of(self, first_pair: int, num_pairs: int) -> Tensor | None:
+        """None: results stay here."""
+        return None
+
+    def pairs_of(self, receipt: PeerReceipt) -> Tensor:
+        """Where the chunk's results go: [P, D]."""
+        return self._pairs[receipt.first_pair :][: receipt.groups.num_pairs]
 
     def _publish(self, hidden: Tensor) -> Tensor | None:
         """Begin to put hidden states where others read them; returned if that is to be done yet."""
@@ -60,26 +68,16 @@ class SummingLane(PeerLane):
         if not self._on_card:
             self._weights.copy_(self._arena_weights, non_blocking=True)
 
-    def combine(self, receipt: PeerReceipt, weights: Tensor, output: Tensor, max_ctas: int) -> None:
-        """Sum what is here for each token, wait for everyone's, and add up its tokens' own."""
+    def combine(
+        self, receipt: PeerReceipt, pairs: Tensor, weights: Tensor, output: Tensor, max_ctas: int
+    ) -> None:
+        """Sum what is here for each token, give it, wait for everyone's, and add up its own."""
         block = self.layout.block
-        mine = self._addresses("pairs", 0)[self.rank]
-        sums = [mine + source * block.num_bytes for source in range(self.layout.num_ranks)]
-        if not self._on_card:
-            sums[self.rank] = address(self._own_sums)
-        receipt.chunk.sum(self.pairs_of(receipt), sums, block=block, max_ctas=max_ctas)
-        self._pair_flags.meet()
-        addresses = self._addresses("pairs", self.rank * block.num_bytes)
-        addresses[self.rank] = sums[self.rank]
-        receipt.chunk.places.combine(
-            output,
-            addresses,
-            address(self.choices[self.rank]),
-            weights,
-            receipt.tokens.start,
-            rank=self.rank,
-            on_cards=self._on_card,
+        sums = self._addresses("results", self.rank * block.num_bytes)
+        receipt.chunk.sum(
+            self.pairs_of(receipt),
+            self._with_own(sums),
             block=block,
-            summed=True,
             max_ctas=max_ctas,
         )
+        self._add_up(receipt, weights, output, max_ctas)

@@ -36,6 +36,8 @@ inline unsigned long long __shfl_sync(unsigned, unsigned long long value, int la
 inline unsigned __shfl_xor_sync(unsigned lanes, unsigned value, int mask) {
   return __shfl_xor_sync(lanes, static_cast<int>(value), mask);
 }
+inline int min(int first, int second) { return first < second ? first : second; }
+inline int max(int first, int second) { return first > second ? first : second; }
 inline float __fadd_rn(float first, float second) { return first + second; }
 inline float __fmul_rn(float first, float second) { return first * second; }
 inline int __float2int_rn(float value) {
@@ -48,6 +50,10 @@ inline int __ffsll(unsigned long long bits) {
 }
 inline unsigned __byte_perm(unsigned first, unsigned second, unsigned) {
   return (first & 0xff) | (second & 0xff) << 8;  // by the only selector that is used, 0x0040
+}
+template <class Value>
+Value __ldg(const Value *from) {
+  return *from;
 }
 template <class Value>
 Value __ldcg(const Value *from) {
@@ -74,6 +80,8 @@ bool run_pull(const light_exchange_pull_args *args, bool as_int8) {
              args);
 }
 
+bool run_give(const light_exchange_give_args *args) { return run(light::give, args); }
+
 bool run_sum(const light_exchange_sum_args *args, bool is_float32, bool as_int8) {
   if (is_float32) {
     return run(light::sum_pairs<float>, args);
@@ -84,10 +92,10 @@ bool run_sum(const light_exchange_sum_args *args, bool is_float32, bool as_int8)
 
 bool run_combine(const light_exchange_combine_args *args, bool is_float32, bool as_int8) {
   if (is_float32) {
-    return run(light::combine_peers<light::FullRow<float>>, args);
+    return run(light::combine<light::FullRow<float>>, args);
   }
-  return run(as_int8 ? light::combine_peers<light::Int8Row<__nv_bfloat16>>
-                     : light::combine_peers<light::FullRow<__nv_bfloat16>>,
+  return run(as_int8 ? light::combine<light::Int8Row<__nv_bfloat16>>
+                     : light::combine<light::FullRow<__nv_bfloat16>>,
              args);
 }
 

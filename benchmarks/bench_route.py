@@ -4,7 +4,7 @@
 
 `compiled` is cute_kernels/cpu/route.cpp as the installation built it, `reference` the Python that
 runs where there was no compiler. Both are called as dispatchers call them, by the placement's
-copies; four sweeps.
+copies; six sweeps.
 """
 
 from __future__ import annotations

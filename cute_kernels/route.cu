@@ -1,23 +1,19 @@
 // The split of every expert's pairs over its copies from the counts of all ranks, and what it means
 // for each rank: one CTA, and the integers of lightmoe/kernels/route_reference.py.
 //
-//   count   tokens of each expert; all of them start at their homes
-//   order   experts that may be split, in the order of their turns
+//   read    tokens of each expert, and which ranks hold it
+//   pool    experts of the same ranks, in the order of their turns (route_pools.cuh)
 //   pour    one warp takes them in turns, sweep after sweep (route_pour.cuh)
+//   share   what a pool gives to a rank becomes its experts'
 //   add     tokens of each expert on each rank become the places where their groups begin
 //   write   which pairs of each source go to which copy, and this rank's groups
+//
+// Where no expert has a choice, the three in the middle are left out.
 #include "previous_kernel.cuh"
+#include "route_pools.cuh"
 #include "route_pour.cuh"
 
 namespace light::route {
-
-enum Route { kHome = 0, kEven = 1, kWaterfill = 2, kFewest = 3 };
-
-__device__ inline int copy_rank(const light_route_split_args &args, int expert, int copy) {
-  return args.copy_ranks[expert * args.num_copies + copy];
-}
-
-__device__ inline int clamp(int value, int low, int high) { return min(max(value, low), high); }
 
 template <int kRanksPerLane>
 class Router {
@@ -29,20 +25,14 @@ class Router {
     clear();
     wait_for_previous_kernel();
     __syncthreads();
-    count();
-    read_copies();
+    read();
     __syncthreads();
     share_at_first();
     __syncthreads();
-    const int num_replicated = sort();
-    if (threadIdx.x < 32) {
-      if (args_.route == kWaterfill) {
-        pour<false>(num_replicated);
-      } else if (args_.route == kFewest) {
-        pour<true>(num_replicated);
-      }
+    if (*tables_.num_listed > 0) {
+      split_pools();
+      __syncthreads();
     }
-    __syncthreads();
     add_up();
     __syncthreads();
     write_groups();
@@ -51,6 +41,7 @@ class Router {
 
  private:
   static constexpr int kWarps = kThreads / 32;
+  static constexpr int kAtOnce = 4;  // loads that are on their way together
 
   __device__ void clear() {
     for (int i = threadIdx.x; i < (args_.num_experts + 1) * tables_.stride; i += kThreads) {
@@ -58,148 +49,166 @@ class Router {
     }
     const int num_seats = (args_.num_experts + kSeatRowsBehind) * args_.num_ranks;
     for (int i = threadIdx.x; i < num_seats; i += kThreads) {
-      static_cast<SeatExpert<kRanksPerLane> *>(tables_.seats)[i] = args_.num_experts;
+      tables_.seats[i] = args_.num_experts << kPlaceBits;
     }
     for (int i = threadIdx.x; i <= args_.num_experts; i += kThreads) {
-      tables_.first_copies[i] = ~0ull;
+      tables_.ranks_of[i] = 0;
       tables_.totals[i] = 0;
       tables_.most_copies[i] = 0;
-    }
-    for (int i = threadIdx.x; i < args_.num_experts; i += kThreads) {
-      tables_.ranks_of[i] = 0;
     }
     if (threadIdx.x < args_.num_ranks) {
       tables_.rank_load[threadIdx.x] = 0;
     }
+    if (threadIdx.x == 0) {
+      tables_.pools[args_.num_experts] = {0, 0, 0, 0};
+      *tables_.num_listed = 0;
+    }
   }
 
+  // The first copies are on their way while the tokens are counted.
+  __device__ void read() {
+    const int num_places = args_.num_experts * args_.num_copies;
+    int ranks[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int place = threadIdx.x + i * kThreads;
+      ranks[i] = place < num_places ? args_.copy_ranks[place] : -1;
+    }
+    count();
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      add_copy(threadIdx.x + i * kThreads, ranks[i]);
+    }
+#pragma unroll 4
+    for (int place = threadIdx.x + kAtOnce * kThreads; place < num_places; place += kThreads) {
+      add_copy(place, args_.copy_ranks[place]);
+    }
+  }
+
+  // A warp takes a source.
   __device__ void count() {
-    for (int source = threadIdx.x / 32; source < args_.num_ranks; source += kWarps) {
-#pragma unroll 4
-      for (int expert = threadIdx.x % 32; expert < args_.num_experts; expert += 32) {
-        atomicAdd(&tables_.totals[expert], count_of(args_, source, expert));
-      }
-    }
-  }
-
-  __device__ void read_copies() {
-    for (int place = threadIdx.x; place < args_.num_experts * args_.num_copies;
-         place += kThreads) {
-      const int rank = args_.copy_ranks[place], expert = place / args_.num_copies;
-      if (rank >= 0) {
-        tables_.add_copy(expert, place - expert * args_.num_copies, rank);
-      }
-    }
-  }
-
-  // All tokens to the home, or the same number to every copy, the first ones having the rest. Where
-  // one copy gets all, nothing of an expert that may choose.
-  __device__ void share_at_first() {
-    for (int expert = threadIdx.x; expert < args_.num_experts; expert += kThreads) {
-      const int tokens = tables_.totals[expert], num_copies = __popcll(tables_.ranks_of[expert]);
-      tables_.keys[expert] = key_of(tokens, num_copies);
-      if (args_.route == kEven) {
-        const int each = tokens / num_copies, rest = tokens - each * num_copies;
-        for (int copy = 0; copy < num_copies; ++copy) {
-          tables_.share(expert, copy_rank(args_, expert, copy)) = each + (copy < rest);
+    for (int source = warp_index(); source < args_.num_ranks; source += kWarps) {
+      for (int first = threadIdx.x % 32; first < args_.num_experts; first += 32 * kAtOnce) {
+        int counts[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int expert = first + 32 * i;
+          counts[i] = expert < args_.num_experts ? count_of(args_, source, expert) : 0;
         }
-      } else if (args_.route != kFewest || tables_.keys[expert] == 0) {
-        const int home = copy_rank(args_, expert, 0);
-        tables_.share(expert, home) = tokens;
-        atomicAdd(&tables_.rank_load[home], args_.route == kFewest ? tokens > 0 : tokens);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (counts[i] > 0) {
+            atomicAdd(&tables_.totals[first + 32 * i], counts[i]);
+          }
+        }
       }
     }
   }
 
-  // Poured: most tokens first. Fewest: fewest copies first, then most tokens.
-  __device__ unsigned key_of(int tokens, int num_copies) const {
-    if (num_copies == 1 || tokens == 0 || args_.route == kHome || args_.route == kEven) {
-      return 0;
+  __device__ void add_copy(int place, int rank) {
+    if (rank >= 0) {
+      const int expert = static_cast<unsigned>(place) / args_.num_copies;
+      atomicOr(reinterpret_cast<unsigned *>(tables_.ranks_of + expert) + rank / 32,
+               1u << rank % 32);
     }
-    return args_.route == kFewest ? (kMaxRanks - num_copies) << kTokenBits | tokens : tokens;
   }
 
-  // An expert's place is the number of those before it; some lanes share the counting. Ties go to
-  // the lower number. Returns how many experts there are in the order.
-  __device__ int sort() {
-    int num_lanes = 1;
-    while (2 * num_lanes <= 32 && 2 * num_lanes * args_.num_experts <= kThreads) {
-      num_lanes *= 2;
+  // All tokens to the home, or the same number to every copy, the first ones having the rest.
+  // Experts that may choose get nothing yet.
+  __device__ void share_at_first() {
+    const int expert = threadIdx.x;
+    const bool exists = expert < args_.num_experts;
+    const RankSet ranks = exists ? tables_.ranks_of[expert] : 0;
+    const int num_copies = __popcll(ranks);
+    const bool may_choose = args_.route == kWaterfill || args_.route == kFewest;
+    Pools(args_, tables_).list(expert, may_choose && num_copies > 1);
+    if (!exists || (may_choose && num_copies > 1)) {
+      return;
     }
-    const int expert = threadIdx.x / num_lanes, lane = threadIdx.x % num_lanes;
-    const unsigned key = expert < args_.num_experts ? tables_.keys[expert] : 0;
-    int place = 0;
-#pragma unroll 4
-    for (int other = lane; other < args_.num_experts; other += num_lanes) {
-      place += tables_.keys[other] >= key + (other >= expert);
+    const int tokens = tables_.totals[expert];
+    if (args_.route == kEven) {
+      const int each = tokens / num_copies, rest = tokens - each * num_copies;
+      for (int copy = 0; copy < num_copies; ++copy) {
+        tables_.share(expert, copy_rank(args_, expert, copy)) = each + (copy < rest);
+      }
+    } else {
+      const int home = num_copies == 1 ? lowest(ranks) : copy_rank(args_, expert, 0);
+      tables_.share(expert, home) = tokens;
+      atomicAdd(&tables_.rank_load[home], args_.route == kFewest ? tokens > 0 : tokens);
     }
-    for (int offset = 1; offset < num_lanes; offset *= 2) {
-      place += __shfl_xor_sync(kAllLanes, place, offset);
+  }
+
+  __device__ void split_pools() {
+    const Pools pools(args_, tables_);
+    const int num_pools = pools.make();
+    if (warp_index() == 0 && num_pools > 0) {
+      if (args_.route == kFewest) {
+        pour<true>(num_pools);
+      } else {
+        pour<false>(num_pools);
+      }
     }
-    const bool is_replicated = key > 0 && lane == 0;
-    if (is_replicated) {
-      tables_.order[place] = expert;
-    }
-    return __syncthreads_count(is_replicated);
+    __syncthreads();
+    pools.template share_out<kRanksPerLane>(num_pools);
   }
 
   template <bool kFewestExperts>
-  __device__ void pour(int num_replicated) {
+  __device__ void pour(int num_pools) {
     Pouring<kRanksPerLane, kFewestExperts> pouring(args_, tables_);
-    pouring.make_batches(num_replicated);
+    pouring.make_batches(num_pools);
     pouring.sweep();
   }
 
-  // A warp takes a rank, a lane neighbouring experts of it.
+  // A warp takes a rank, a lane an expert.
   __device__ void add_up() {
-    const int lane = threadIdx.x % 32, experts_per_lane = (args_.num_experts + 31) / 32;
-    const int begin = min(lane * experts_per_lane, args_.num_experts);
-    const int end = min(begin + experts_per_lane, args_.num_experts);
-    for (int rank = threadIdx.x / 32; rank < args_.num_ranks; rank += kWarps) {
-      if (rank == args_.rank) {
-        add_up_tiles(begin, end);
+    const int lane = threadIdx.x % 32;
+    for (int rank = warp_index(); rank < args_.num_ranks; rank += kWarps) {
+      int pairs = 0, tiles = 0, active = 0;
+      for (int first = lane; first - lane < args_.num_experts; first += 32 * kAtOnce) {
+        int shares[kAtOnce], ends[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int expert = first + 32 * i;
+          shares[i] = expert < args_.num_experts ? tables_.share(expert, rank) : 0;
+          ends[i] = inclusive_scan(shares[i]);
+        }
+        if (rank == args_.rank) {
+          tiles = add_up_tiles(first, shares, tiles);
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (first + 32 * i < args_.num_experts) {
+            tables_.share(first + 32 * i, rank) = pairs + ends[i] - shares[i];
+          }
+          pairs += __shfl_sync(kAllLanes, ends[i], 31);
+          active += __popc(__ballot_sync(kAllLanes, shares[i] > 0));
+        }
       }
-      int pairs = 0, active = 0;
-      for (int expert = begin; expert < end; ++expert) {
-        pairs += tables_.share(expert, rank);
-        active += tables_.share(expert, rank) > 0;
-      }
-      const int pairs_end = inclusive_scan(pairs), active_end = inclusive_scan(active);
-      int start = pairs_end - pairs;
-      for (int expert = begin; expert < end; ++expert) {
-        const int share = tables_.share(expert, rank);
-        tables_.share(expert, rank) = start;
-        start += share;
-      }
-      if (lane == 31) {
-        tables_.share(args_.num_experts, rank) = pairs_end;
-        args_.rank_pairs[rank] = pairs_end;
+      if (lane == 0) {
+        tables_.share(args_.num_experts, rank) = pairs;
+        args_.rank_pairs[rank] = pairs;
         if (args_.active_experts != nullptr) {
-          args_.active_experts[rank] = active_end;
+          args_.active_experts[rank] = active;
         }
       }
     }
   }
 
-  __device__ void add_up_tiles(int begin, int end) {
-    int tiles = 0;
-    for (int expert = begin; expert < end; ++expert) {
-      tiles += num_tiles(expert);
+  // Where the tiles of these experts begin, behind so many; returns where they end.
+  __device__ int add_up_tiles(int first, const int (&shares)[kAtOnce], int tiles) {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const unsigned last_token = shares[i] + args_.tokens_per_tile - 1;
+      const int own = last_token / args_.tokens_per_tile, end = tiles + inclusive_scan(own);
+      if (first + 32 * i < args_.num_experts) {
+        tables_.tile_offsets[first + 32 * i] = end - own;
+      }
+      tiles = __shfl_sync(kAllLanes, end, 31);
     }
-    const int tiles_end = inclusive_scan(tiles);
-    int start = tiles_end - tiles;
-    for (int expert = begin; expert < end; ++expert) {
-      tables_.tile_offsets[expert] = start;
-      start += num_tiles(expert);
+    if (threadIdx.x % 32 == 0 && first + 32 * kAtOnce >= args_.num_experts) {
+      tables_.tile_offsets[args_.num_experts] = tiles;
     }
-    if (threadIdx.x % 32 == 31) {
-      tables_.tile_offsets[args_.num_experts] = tiles_end;
-    }
-    __syncwarp();
-  }
-
-  __device__ int num_tiles(int expert) const {
-    return (tables_.share(expert, args_.rank) + args_.tokens_per_tile - 1) / args_.tokens_per_tile;
+    return tiles;
   }
 
   __device__ void write_groups() {
@@ -209,18 +218,21 @@ class Router {
     }
     const int num_tiles = min(tables_.tile_offsets[args_.num_experts], args_.most_tiles);
     for (int tile = threadIdx.x; tile < num_tiles; tile += kThreads) {
-      int low = 0, high = args_.num_experts - 1;  // the first expert whose tiles end after this one
-#pragma unroll 1
-      while (low < high) {
-        const int middle = (low + high) / 2;
-        if (tables_.tile_offsets[middle + 1] > tile) {
-          high = middle;
-        } else {
-          low = middle + 1;
-        }
-      }
-      args_.tile_groups[tile] = low;
+      args_.tile_groups[tile] = expert_of(tile);
     }
+  }
+
+  // The first expert whose tiles end behind this one.
+  __device__ int expert_of(int tile) const {
+    int low = 0;
+#pragma unroll
+    for (int step = kMaxExperts / 2; step > 0; step /= 2) {
+      const int end = low + step;
+      if (end < args_.num_experts && tables_.tile_offsets[end] <= tile) {
+        low = end;
+      }
+    }
+    return low;
   }
 
   __device__ int share_of(int expert, int rank) const {
@@ -233,37 +245,52 @@ class Router {
   }
 
   // A thread takes a copy. The pairs that do not stay stand in a row by source; so do the places
-  // that are left, by copy; what goes from a source to a copy is where the two overlap.
+  // that are left, by copy; what goes from a source to a copy is where the two overlap. All first
+  // copies come before all second ones, so that warps have many copies that exist, or none.
   __device__ void write_segments() {
     const int num_places = args_.num_experts * args_.num_copies;
     for (int place = threadIdx.x; place < num_places; place += kThreads) {
-      const int expert = place / args_.num_copies, copy = place - expert * args_.num_copies;
-      const int rank = args_.copy_ranks[place];
-      int2 *segments = reinterpret_cast<int2 *>(args_.segments) + place;
-      if (rank < 0) {
-        for (int source = 0; source < args_.num_ranks; ++source) {
-          segments[source * num_places] = {count_of(args_, source, expert), 0};
-        }
-        continue;
+      const int copy = static_cast<unsigned>(place) / args_.num_experts;
+      const int expert = place - copy * args_.num_experts;
+      const int rank = copy_rank(args_, expert, copy);
+      if (rank >= 0) {
+        write_segments_of(expert, copy, rank);
       }
-      int room_before = 0;
-      unsigned long long ranks = 1ull << rank;  // of the copies up to this one
-      for (int other = 0; other < copy; ++other) {
-        const int other_rank = copy_rank(args_, expert, other);
-        room_before += share_of(expert, other_rank) - staying(expert, other_rank);
-        ranks |= 1ull << other_rank;
+    }
+  }
+
+  __device__ void write_segments_of(int expert, int copy, int rank) {
+    int room_before = 0;
+    RankSet ranks = 1ull << rank;  // of the copies up to this one
+    for (int other = 0; other < copy; ++other) {
+      const int other_rank = copy_rank(args_, expert, other);
+      room_before += share_of(expert, other_rank) - staying(expert, other_rank);
+      ranks |= 1ull << other_rank;
+    }
+    const int stay = staying(expert, rank), room = share_of(expert, rank) - stay;
+    const int start = tables_.share(expert, rank);
+    const int num_places = args_.num_experts * args_.num_copies;
+    int2 *segments =
+        reinterpret_cast<int2 *>(args_.segments) + expert * args_.num_copies + copy;
+    int leaving_before = 0;
+    for (int first = 0; first < args_.num_ranks; first += kAtOnce) {
+      int counts[kAtOnce], stays[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int source = min(first + i, args_.num_ranks - 1);
+        counts[i] = count_of(args_, source, expert);
+        stays[i] = min(counts[i], share_of(expert, source));
       }
-      const int stay = staying(expert, rank), room = share_of(expert, rank) - stay;
-      const int start = tables_.share(expert, rank);
-      int leaving_before = 0;
-#pragma unroll 4
-      for (int source = 0; source < args_.num_ranks; ++source) {
-        const int stay_there = staying(expert, source);
-        const int leaving = count_of(args_, source, expert) - stay_there;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int source = first + i;
+        const int leaving = counts[i] - stays[i];
         const int to_here = clamp(room_before + room - leaving_before, 0, leaving);
         const int came = clamp(leaving_before - room_before, 0, room);
-        segments[source * num_places] = {(ranks >> source & 1 ? stay_there : 0) + to_here,
-                                         start + came + (rank < source ? stay : 0)};
+        if (source < args_.num_ranks) {
+          segments[source * num_places] = {(ranks >> source & 1 ? stays[i] : 0) + to_here,
+                                           start + came + (rank < source ? stay : 0)};
+        }
         leaving_before += leaving;
       }
     }

@@ -6,33 +6,53 @@
 
 namespace light::route {
 
+enum Route { kHome = 0, kEven = 1, kWaterfill = 2, kFewest = 3 };
+
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr unsigned kNoCopy = 0xff;  // in place of a rank
-constexpr int kTokenBits = 26;      // of all pairs of all ranks
+constexpr int kTokenBits = 26;  // of all pairs of all ranks
+constexpr int kExpertBits = 9;
+constexpr int kNoExpert = kMaxExperts;
+// More than three loads, and still three of these are an int.
+constexpr int kOutOfReach = 1 << (kTokenBits + 3);
 
-template <int kRanksPerLane>
-struct SeatNumber {
-  using Type = int;
-};
-template <>
-struct SeatNumber<2> {
-  using Type = unsigned short;
-};
-template <int kRanksPerLane>
-using SeatExpert = typename SeatNumber<kRanksPerLane>::Type;
+using RankSet = unsigned long long;  // a bit for each rank
 
+// An expert that has a choice.
+struct __align__(16) Listed {
+  RankSet ranks;
+  int tokens, expert;
+};
+
+// What a turn needs of a pool: its tokens and, where its ranks are two or three, the next and the
+// other one of the first, second and third rank, a byte each, beginning again behind the last.
+struct __align__(16) Pool {
+  int tokens;
+  unsigned next, other;
+  int of_three;  // tokens, and what makes whole numbers of thirds; of two ranks: out of reach
+};
+
+// The pool whose turn a batch is on a rank, and which of the pool's ranks that is, where they are
+// few.
+using Seat = unsigned short;
+constexpr int kPlaceBits = 2;
+
+// A pool is all experts of the same ranks, and has the number of the first of them. Where an
+// expert's tokens stay together, each is a pool.
 struct Tables {
-  unsigned long long *ranks_of;      // [E] a bit for each rank that holds a copy
-  unsigned long long *first_copies;  // [E + 1] of the first eight copies, a byte each, home lowest
-  int *rank_load;         // [W] before the first turn: tokens, or experts where those count
-  int *totals;            // [E + 1] tokens of all ranks
-  unsigned *keys;         // [E] the larger, the earlier in `order`; 0: not in it
-  int *tile_offsets;      // [E + 1] in the place of the keys, once those were used
-  int *starts;            // [E + 1, stride] tokens of each expert on each rank; at last those of
-                          // the experts before it
-  unsigned short *order;  // [E] experts that may be split, in the order of their turns
-  void *seats;            // [batches, W] the expert whose turn a batch is on a rank; nobody's is E
-  unsigned char *most_copies;  // [batches] copies of the expert that has most
+  RankSet *ranks_of;       // [E + 1] that hold a copy
+  Listed *listed;          // [E] experts with a choice, in any order
+  Pool *pools;             // [E + 1]
+  unsigned long long *keys;  // [E] of what is listed: the larger, the earlier its pool; 0: none
+  int *tile_offsets;       // [E + 1] in the place of the keys, once those were used
+  int *rank_load;          // [W] before the first turn: tokens, or experts where those count
+  int *num_listed;
+  int *totals;             // [E + 1] tokens of all ranks
+  int *starts;             // [E + 1, stride] tokens of each pool, then of each expert, on each
+                           // rank; at last those of the experts before it
+  unsigned short *order;   // [E] pools in the order of their turns
+  unsigned short *next;    // [E] the next expert of the pool
+  Seat *seats;             // [batches, W]; nobody's pool is E
+  unsigned char *most_copies;  // [batches] ranks of the pool that has most
   int stride;
 
   __device__ Tables(const light_route_split_args &args, char *memory)
@@ -40,24 +60,20 @@ struct Tables {
 
   __device__ int &share(int expert, int rank) const { return starts[expert * stride + rank]; }
 
-  __device__ void add_copy(int expert, int copy, int rank) const {
-    atomicOr(reinterpret_cast<unsigned *>(ranks_of + expert) + rank / 32, 1u << rank % 32);
-    if (copy < kFirstCopies) {
-      reinterpret_cast<unsigned char *>(first_copies + expert)[copy] = rank;
-    }
-  }
-
  private:
   __device__ Tables(const Layout &layout, char *memory, int num_ranks)
-      : ranks_of(reinterpret_cast<unsigned long long *>(memory + layout.ranks_of)),
-        first_copies(reinterpret_cast<unsigned long long *>(memory + layout.first_copies)),
-        rank_load(reinterpret_cast<int *>(memory + layout.rank_load)),
-        totals(reinterpret_cast<int *>(memory + layout.totals)),
-        keys(reinterpret_cast<unsigned *>(memory + layout.keys)),
+      : ranks_of(reinterpret_cast<RankSet *>(memory + layout.ranks_of)),
+        listed(reinterpret_cast<Listed *>(memory + layout.listed)),
+        pools(reinterpret_cast<Pool *>(memory + layout.pools)),
+        keys(reinterpret_cast<unsigned long long *>(memory + layout.keys)),
         tile_offsets(reinterpret_cast<int *>(memory + layout.keys)),
+        rank_load(reinterpret_cast<int *>(memory + layout.rank_load)),
+        num_listed(reinterpret_cast<int *>(memory + layout.num_listed)),
+        totals(reinterpret_cast<int *>(memory + layout.totals)),
         starts(reinterpret_cast<int *>(memory + layout.starts)),
         order(reinterpret_cast<unsigned short *>(memory + layout.order)),
-        seats(memory + layout.seats),
+        next(reinterpret_cast<unsigned short *>(memory + layout.next)),
+        seats(reinterpret_cast<Seat *>(memory + layout.seats)),
         most_copies(reinterpret_cast<unsigned char *>(memory + layout.most_copies)),
         stride(row_stride(num_ranks)) {}
 };
@@ -67,6 +83,19 @@ __device__ inline int count_of(const light_route_split_args &args, int source, i
   return offsets[1] - offsets[0];
 }
 
+__device__ inline int copy_rank(const light_route_split_args &args, int expert, int copy) {
+  return args.copy_ranks[expert * args.num_copies + copy];
+}
+
+__device__ inline int clamp(int value, int low, int high) { return min(max(value, low), high); }
+
+// As what it is: the same in all lanes.
+__device__ inline int warp_index() { return __shfl_sync(kAllLanes, threadIdx.x / 32, 0); }
+
+// -1 of none.
+__device__ inline int lowest(unsigned ranks) { return __ffs(ranks) - 1; }
+__device__ inline int lowest(RankSet ranks) { return __ffsll(ranks) - 1; }
+
 __device__ inline int largest_of_lanes(int value) {
 #if __CUDA_ARCH__ >= 800
   return __reduce_max_sync(kAllLanes, value);
@@ -74,6 +103,18 @@ __device__ inline int largest_of_lanes(int value) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
     value = max(value, __shfl_xor_sync(kAllLanes, value, offset));
+  }
+  return value;
+#endif
+}
+
+__device__ inline int sum_of_lanes(int value) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(kAllLanes, value);
+#else
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, offset);
   }
   return value;
 #endif

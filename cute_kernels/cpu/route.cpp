@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <numeric>
+#include <tuple>
 #include <vector>
 
 namespace {
@@ -19,6 +21,15 @@ struct Expert {
   Tokens *share;  // [num_copies] tokens that each copy gets
 };
 
+// Experts of the same ranks.
+struct Pool {
+  const int *ranks;  // ascending
+  int num_ranks;
+  int first_expert;
+  Tokens tokens;
+  std::vector<Tokens> share;  // [num_ranks] tokens that each rank gets
+};
+
 class Router {
  public:
   Router(const Tokens *counts, const std::int32_t *copy_ranks, int num_ranks, int num_experts,
@@ -32,7 +43,7 @@ class Router {
         load_(num_ranks),
         base_(num_copies),
         poured_(num_copies),
-        order_(num_copies),
+        sorted_(num_copies),
         left_(num_ranks) {
     experts_.reserve(num_experts);
     for (int expert = 0; expert < num_experts; ++expert) {
@@ -92,70 +103,151 @@ class Router {
     }
   }
 
-  // Experts that have a choice, in the order of their turns.
-  template <class Before>
-  std::vector<int> turns(Before before) const {
-    std::vector<int> found;
-    for (int expert = 0; expert < num_experts_; ++expert) {
-      if (experts_[expert].num_copies > 1 && experts_[expert].tokens > 0) {
-        found.push_back(expert);
+  void pour(int sweeps) {
+    for (const Expert &expert : experts_) {
+      load_[expert.ranks[0]] += expert.num_copies == 1 ? expert.tokens : 0;
+    }
+    make_pools();
+    bool changed = true;
+    for (int sweep = 0; sweep < std::max(sweeps, 1) && changed; ++sweep) {
+      changed = false;
+      for (Pool &pool : pools_) {
+        changed |= pour_out(pool);
       }
     }
-    std::stable_sort(found.begin(), found.end(), [&](int first, int second) {
-      return before(experts_[first], experts_[second]);
+    for (Expert &expert : experts_) {
+      expert.share[0] = expert.num_copies == 1 ? expert.tokens : 0;
+    }
+    for (const Pool &pool : pools_) {
+      share_out(pool);
+    }
+  }
+
+  // Those with tokens, in the order of their turns.
+  void make_pools() {
+    next_expert_.assign(num_experts_, -1);
+    int before = -1;
+    for (const int number : replicated()) {
+      if (before >= 0 && compare(before, number) == 0) {
+        next_expert_[before] = number;
+        pools_.back().tokens += experts_[number].tokens;
+      } else {
+        const int num_ranks = experts_[number].num_copies;
+        pools_.push_back({ranks_of(number), num_ranks, number, experts_[number].tokens,
+                          std::vector<Tokens>(num_ranks)});
+      }
+      before = number;
+    }
+    pools_.erase(std::remove_if(pools_.begin(), pools_.end(),
+                                [](const Pool &pool) { return pool.tokens == 0; }),
+                 pools_.end());
+    std::sort(pools_.begin(), pools_.end(), [](const Pool &first, const Pool &second) {
+      return std::make_tuple(first.num_ranks, -first.tokens, first.first_expert) <
+             std::make_tuple(second.num_ranks, -second.tokens, second.first_expert);
     });
+  }
+
+  // Experts that have a choice, those of the same ranks beside each other in their order.
+  std::vector<int> replicated() {
+    sorted_ranks_.resize(shares_.size());
+    std::vector<int> found;
+    for (int number = 0; number < num_experts_; ++number) {
+      const Expert &expert = experts_[number];
+      if (expert.num_copies > 1) {
+        int *ranks = sorted_ranks_.data() + std::size_t(number) * num_copies_;
+        std::copy_n(expert.ranks, expert.num_copies, ranks);
+        std::sort(ranks, ranks + expert.num_copies);
+        found.push_back(number);
+      }
+    }
+    std::stable_sort(found.begin(), found.end(),
+                     [&](int first, int second) { return compare(first, second) < 0; });
     return found;
   }
 
-  void pour(int sweeps) {
-    share_to_homes();
-    const std::vector<int> order = turns(
-        [](const Expert &first, const Expert &second) { return first.tokens > second.tokens; });
-    bool changed = true;
-    for (int sweep = 0; sweep < sweeps && changed; ++sweep) {
-      changed = false;
-      for (const int expert : order) {
-        changed |= pour_out(experts_[expert]);
-      }
-    }
+  const int *ranks_of(int expert) const {
+    return sorted_ranks_.data() + std::size_t(expert) * num_copies_;
   }
 
-  // Take an expert's tokens out and pour them level over its copies; whether anything changed.
-  bool pour_out(Expert &expert) {
-    const int num_copies = expert.num_copies;
-    for (int copy = 0; copy < num_copies; ++copy) {
-      base_[copy] = load_[expert.ranks[copy]] - expert.share[copy];
+  // Any order in which the experts of a pool are neighbours: negative, 0 in one pool, positive.
+  int compare(int first, int second) const {
+    const int copies = experts_[first].num_copies, other_copies = experts_[second].num_copies;
+    if (copies != other_copies) {
+      return copies - other_copies;
     }
-    level(num_copies, expert.tokens);
+    const int *ranks = ranks_of(first), *other = ranks_of(second);
+    const int place = std::mismatch(ranks, ranks + copies, other).first - ranks;
+    return place == copies ? 0 : ranks[place] - other[place];
+  }
+
+  // Take a pool's tokens out and pour them level over its ranks; whether anything changed.
+  bool pour_out(Pool &pool) {
+    for (int i = 0; i < pool.num_ranks; ++i) {
+      base_[i] = load_[pool.ranks[i]] - pool.share[i];
+    }
+    level(pool.num_ranks, pool.tokens);
     bool changed = false;
-    for (int copy = 0; copy < num_copies; ++copy) {
-      changed |= poured_[copy] != expert.share[copy];
-      expert.share[copy] = poured_[copy];
-      load_[expert.ranks[copy]] = base_[copy] + poured_[copy];
+    for (int i = 0; i < pool.num_ranks; ++i) {
+      changed |= poured_[i] != pool.share[i];
+      pool.share[i] = poured_[i];
+      load_[pool.ranks[i]] = base_[i] + poured_[i];
     }
     return changed;
   }
 
-  // Vessels whose grounds are base_ stand level but for one token; ties go to the earlier one.
-  void level(int num_copies, Tokens tokens) {
-    for (int copy = 0; copy < num_copies; ++copy) {  // few: sorted by insertion
-      int place = copy;
-      for (; place > 0 && base_[order_[place - 1]] > base_[copy]; --place) {
-        order_[place] = order_[place - 1];
+  // Vessels whose grounds are base_ stand level but for one token: the first ones have the rest.
+  void level(int num_vessels, Tokens tokens) {
+    for (int vessel = 0; vessel < num_vessels; ++vessel) {  // few: sorted by insertion
+      int place = vessel;
+      for (; place > 0 && sorted_[place - 1] > base_[vessel]; --place) {
+        sorted_[place] = sorted_[place - 1];
       }
-      order_[place] = copy;
+      sorted_[place] = base_[vessel];
     }
     int count = 1;  // vessels that the water reaches
-    Tokens filled = base_[order_[0]] + tokens;
-    while (count < num_copies && base_[order_[count]] * count <= filled) {
-      filled += base_[order_[count]];
+    Tokens filled = sorted_[0] + tokens;
+    while (count < num_vessels && sorted_[count] * count <= filled) {
+      filled += sorted_[count];
       ++count;
     }
-    const Tokens height = filled / count, rest = filled % count;
-    for (int place = 0; place < num_copies; ++place) {
-      const int copy = order_[place];
-      poured_[copy] = place < count ? height + (place < rest) - base_[copy] : 0;
+    const Tokens height = filled / count;
+    Tokens rest = filled % count;
+    for (int vessel = 0; vessel < num_vessels; ++vessel) {
+      const bool is_reached = base_[vessel] <= height, has_one_more = is_reached && rest > 0;
+      poured_[vessel] = is_reached ? height + has_one_more - base_[vessel] : 0;
+      rest -= has_one_more;
     }
+  }
+
+  // The shares of a pool's experts: a rank's own tokens stay, as far as its share reaches; the
+  // others fill what is left, in the order of experts and ranks.
+  void share_out(const Pool &pool) {
+    Tokens *room = poured_.data();
+    std::copy(pool.share.begin(), pool.share.end(), room);
+    for (int number = pool.first_expert; number >= 0; number = next_expert_[number]) {
+      for (int i = 0; i < pool.num_ranks; ++i) {
+        const Tokens stays = std::min(count(pool.ranks[i], number), room[i]);
+        share(number, pool.ranks[i]) = stays;
+        room[i] -= stays;
+      }
+    }
+    for (int number = pool.first_expert; number >= 0; number = next_expert_[number]) {
+      const Expert &expert = experts_[number];
+      Tokens left = expert.tokens -
+                    std::accumulate(expert.share, expert.share + expert.num_copies, Tokens(0));
+      for (int i = 0; i < pool.num_ranks; ++i) {
+        const Tokens moved = std::min(left, room[i]);
+        share(number, pool.ranks[i]) += moved;
+        room[i] -= moved;
+        left -= moved;
+      }
+    }
+  }
+
+  Tokens &share(int number, int rank) {
+    const Expert &expert = experts_[number];
+    return expert.share[std::find(expert.ranks, expert.ranks + expert.num_copies, rank) -
+                        expert.ranks];
   }
 
   // Each expert's tokens to one copy, so that no rank has many experts; load_ counts experts here.
@@ -166,9 +258,16 @@ class Router {
         ++load_[expert.ranks[0]];
       }
     }
-    const std::vector<int> order = turns([](const Expert &first, const Expert &second) {
-      return first.num_copies != second.num_copies ? first.num_copies < second.num_copies
-                                                   : first.tokens > second.tokens;
+    std::vector<int> order;
+    for (int number = 0; number < num_experts_; ++number) {
+      if (experts_[number].num_copies > 1 && experts_[number].tokens > 0) {
+        order.push_back(number);
+      }
+    }
+    std::stable_sort(order.begin(), order.end(), [&](int first, int second) {
+      const Expert &one = experts_[first], &other = experts_[second];
+      return std::make_tuple(one.num_copies, -one.tokens) <
+             std::make_tuple(other.num_copies, -other.tokens);
     });
     bool changed = true;
     for (int sweep = 0; sweep < std::max(sweeps, 1) && changed; ++sweep) {
@@ -179,18 +278,14 @@ class Router {
     }
   }
 
-  // To the rank with the fewest other experts, then to that with most tokens of its own.
+  // To the rank with the fewest other experts, then to that with most tokens of its own, then to
+  // the lowest.
   bool move(int number) {
     Expert &expert = experts_[number];
     int best = 0;
     for (int copy = 0; copy < expert.num_copies; ++copy) {
-      const int rank = expert.ranks[copy];
-      load_[rank] -= expert.share[copy] > 0;
-      const int best_rank = expert.ranks[best];
-      if (load_[rank] < load_[best_rank] ||
-          (load_[rank] == load_[best_rank] && count(rank, number) > count(best_rank, number))) {
-        best = copy;
-      }
+      load_[expert.ranks[copy]] -= expert.share[copy] > 0;
+      best = is_better(number, expert.ranks[copy], expert.ranks[best]) ? copy : best;
     }
     ++load_[expert.ranks[best]];
     if (expert.share[best] > 0) {
@@ -199,6 +294,14 @@ class Router {
     std::fill(expert.share, expert.share + expert.num_copies, 0);
     expert.share[best] = expert.tokens;
     return true;
+  }
+
+  bool is_better(int expert, int rank, int than) const {
+    if (load_[rank] != load_[than]) {
+      return load_[rank] < load_[than];
+    }
+    const Tokens here = count(rank, expert), there = count(than, expert);
+    return here != there ? here > there : rank < than;
   }
 
   // Which source ranks fill each share: their own copy's first, then the others in rank order.
@@ -237,9 +340,11 @@ class Router {
   std::vector<Expert> experts_;
   std::vector<Tokens> shares_;         // [E, C]
   std::vector<Tokens> load_;           // [W] tokens, or experts, of each rank
-  std::vector<Tokens> base_, poured_;  // [C] of the expert whose turn it is
-  std::vector<int> order_;             // [C] its copies, the lowest ground first
-  std::vector<Tokens> left_;           // [W] of one expert, not assigned yet
+  std::vector<Pool> pools_;
+  std::vector<int> sorted_ranks_;               // [E, C] of each expert that has a choice
+  std::vector<int> next_expert_;                // [E] of its pool; -1: none
+  std::vector<Tokens> base_, poured_, sorted_;  // [C] of the pool whose turn it is
+  std::vector<Tokens> left_;                    // [W] of one expert, not assigned yet
 };
 
 // Every expert has a home, every copy a rank of its own.

@@ -61,24 +61,44 @@ def waterfill_loads(
     tokens: np.ndarray, copies: np.ndarray, num_ranks: int, sweeps: int = NUM_SWEEPS
 ) -> np.ndarray:
     """`--route waterfill`: tokens int [N, E], copies [N, E, C] -> loads int64 [N, W]."""
+    copies = np.sort(copies, axis=2)
+    num_copies = (copies < num_ranks).sum(axis=2)
     shares = np.zeros(copies.shape, dtype=np.int64)
-    shares[:, :, 0] = tokens
+    shares[:, :, 0] = np.where(num_copies == 1, tokens, 0)
     loads = np.zeros((len(tokens), num_ranks + 1), dtype=np.int64)
     loads[:, :num_ranks] = _rank_loads(shares, copies, num_ranks)
-    pours = (copies[:, :, 1:] < num_ranks).any(axis=2) & (tokens > 0)
-    order = np.argsort(np.where(pours, -tokens, 1), axis=1, kind="stable")
+    pooled = _pooled(tokens, copies)
+    pours = (num_copies > 1) & (pooled > 0)
+    key = num_copies * (pooled.max(initial=0) + 1) - pooled
+    order = np.argsort(np.where(pours, key, np.iinfo(np.int64).max), axis=1, kind="stable")
     num_pours = pours.sum(axis=1)
-    # Problems with many experts to pour first: those in play are always a prefix.
+    # Problems with many pools to pour first: those in play are always a prefix.
     by_pours = np.argsort(-num_pours, kind="stable")
-    for _ in range(sweeps):
+    shares[:, :, 0] = 0
+    for _ in range(max(sweeps, 1)):
         changed = False
         for turn in range(int(num_pours.max(initial=0))):
             problems = by_pours[: int((num_pours > turn).sum())]
             experts = order[problems, turn]
-            changed |= _pour_again(loads, shares, tokens, copies, problems, experts)
+            changed |= _pour_again(loads, shares, pooled, copies, problems, experts)
         if not changed:
             break
     return loads[:, :num_ranks]
+
+
+def _pooled(tokens: np.ndarray, copies: np.ndarray) -> np.ndarray:
+    """The tokens of all experts of the same ranks at the first of them, 0 at the others [N, E]."""
+    num_problems, num_experts = tokens.shape
+    order = np.lexsort(tuple(copies.transpose(2, 0, 1)), axis=1)
+    ordered = np.take_along_axis(copies, order[:, :, None], axis=1)
+    begins = np.ones(order.shape, dtype=bool)
+    begins[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).any(axis=2)
+    begin = np.maximum.accumulate(np.where(begins, np.arange(num_experts), 0), axis=1)
+    first = np.take_along_axis(order, begin, axis=1)
+    cells = first + num_experts * np.arange(num_problems)[:, None]
+    weights = np.take_along_axis(tokens, order, axis=1)
+    pooled = np.bincount(cells.ravel(), weights=weights.ravel(), minlength=tokens.size)
+    return pooled.reshape(tokens.shape).astype(np.int64)
 
 
 def _pour_again(
@@ -89,7 +109,7 @@ def _pour_again(
     problems: np.ndarray,
     experts: np.ndarray,
 ) -> bool:
-    """Take one expert of each problem out of the loads [N, W + 1] and pour it level.
+    """Take one pool of each problem out of the loads [N, W + 1] and pour it level.
 
     Says whether anything changed.
     """
@@ -105,21 +125,17 @@ def _pour_again(
 
 def _pour(base: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """moe/route.py's `pour` for base [N, C] and tokens [N]."""
-    num_problems, width = base.shape
-    order = np.argsort(base, axis=1, kind="stable")
-    ground = np.take_along_axis(base, order, axis=1)
+    ground = np.sort(base, axis=1)
     filled = np.cumsum(np.where(ground < _FAR_ABOVE, ground, 0), axis=1) + tokens[:, None]
-    level, rest = np.divmod(filled, np.arange(1, width + 1))
-    stops = np.ones((num_problems, width), dtype=bool)
-    stops[:, :-1] = level[:, :-1] < ground[:, 1:]
-    last = stops.argmax(axis=1)
-    chosen = np.arange(num_problems)
-    position = np.arange(width)
-    height = level[chosen, last][:, None] + (position < rest[chosen, last][:, None])
-    poured = np.where(position <= last[:, None], height - ground, 0)
-    share = np.empty_like(base)
-    np.put_along_axis(share, order, poured, axis=1)
-    return share
+    levels, rests = np.divmod(filled, np.arange(1, base.shape[1] + 1))
+    stops = np.ones(base.shape, dtype=bool)
+    stops[:, :-1] = levels[:, :-1] < ground[:, 1:]
+    last = stops.argmax(axis=1)[:, None]
+    level = np.take_along_axis(levels, last, axis=1)
+    is_reached = base <= level
+    before = is_reached.cumsum(axis=1) - is_reached
+    more = before < np.take_along_axis(rests, last, axis=1)
+    return np.asarray(np.where(is_reached, level + more - base, 0))
 
 
 def least_maximum(

@@ -1,6 +1,6 @@
 // One CTA of a kernel on the host, for kernels of integers: its threads are fibers that run in turn
-// up to the next barrier, shuffle or vote. It shows what a kernel computes, but no race between
-// barriers and no speed.
+// up to the next barrier, shuffle or vote. It shows what a kernel computes, and in shuffled order
+// whether that depends on who comes first; no speed.
 #pragma once
 
 #include <ucontext.h>
@@ -9,6 +9,8 @@
 #include <cstdlib>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <vector>
 
 #define __device__
@@ -29,7 +31,11 @@ namespace emulator {
 
 class Cta {
  public:
-  explicit Cta(int num_threads) : fibers_(num_threads), warps_((num_threads + 31) / 32) {}
+  // Threads run in their order, or with a seed in another one each time.
+  explicit Cta(int num_threads, unsigned seed = 0)
+      : fibers_(num_threads), warps_((num_threads + 31) / 32), order_(num_threads), seed_(seed) {
+    std::iota(order_.begin(), order_.end(), 0);
+  }
 
   static Cta *&running() {
     static Cta *cta = nullptr;
@@ -51,7 +57,11 @@ class Cta {
     int num_done = 0;
     for (bool moved = true; moved;) {
       moved = false;
-      for (thread_ = 0; thread_ < static_cast<int>(fibers_.size()); ++thread_) {
+      if (seed_ != 0) {
+        std::shuffle(order_.begin(), order_.end(), std::minstd_rand(seed_++));
+      }
+      for (const int thread : order_) {
+        thread_ = thread;
         Fiber &fiber = fibers_[thread_];
         if (fiber.done || (fiber.barrier != nullptr && fiber.barrier->round == fiber.round)) {
           continue;
@@ -126,6 +136,8 @@ class Cta {
   ucontext_t scheduler_;
   std::vector<Fiber> fibers_;
   std::vector<Warp> warps_;
+  std::vector<int> order_;
+  unsigned seed_;
   Barrier all_;
   int counts_[2] = {};
   int thread_ = 0;
@@ -166,5 +178,9 @@ inline int __popcll(unsigned long long bits) { return __builtin_popcountll(bits)
 inline unsigned __umulhi(unsigned first, unsigned second) {
   return static_cast<unsigned long long>(first) * second >> 32;
 }
-inline void atomicAdd(int *sum, int value) { *sum += value; }
+inline int atomicAdd(int *sum, int value) {
+  const int before = *sum;
+  *sum += value;
+  return before;
+}
 inline void atomicOr(unsigned *bits, unsigned value) { *bits |= value; }

@@ -57,7 +57,7 @@ __device__ inline Eight<Scalar> scale(const Eight<Scalar> &sum, const Eight<Scal
 
 template <typename Scalar>
 __device__ void add_norm(const light_add_norm_args &args) {
-  wait_for_previous_kernel();
+  pass_on_and_wait();
   const int num_vectors = args.width / 8;
   const long long row = static_cast<long long>(blockIdx.x) * num_vectors;
   uint4 *sums = static_cast<uint4 *>(args.sum), *normed = static_cast<uint4 *>(args.normed);

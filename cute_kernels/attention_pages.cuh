@@ -32,10 +32,14 @@ class Pages {
       : args_(args), slots_(slots), shift_(__ffs(args.block_size) - 1) {}
 
   // The first unit.
-  __device__ __forceinline__ void begin(const Unit &unit) {
+  __device__ __forceinline__ void look_up(const Unit &unit) {
     current_.num_tiles = tile_ = slot_ = 0;
     of_values_ = false;
     follow(unit);
+  }
+
+  // Ask for the first tiles of the unit that was looked up.
+  __device__ __forceinline__ void begin() {
 #pragma unroll 1
     for (int i = 0; i < kAhead; ++i) {
       copy_next();

@@ -20,7 +20,8 @@ class Rows {
 
  public:
   static constexpr int kKeyQuads = kSizes.tile_keys() / 8;  // of scores: 8 keys each
-  static constexpr int kValueQuads = kSizes.width / kSizes.parts() / 8;
+  static constexpr int kParts = Shape::kParts;
+  static constexpr int kValueQuads = kSizes.width / kParts / 8;
   static constexpr int kSteps = kSizes.width / 16;
 
   __device__ __forceinline__ Rows(const light_paged_attention_args &args, unsigned query_tile,
@@ -29,7 +30,7 @@ class Rows {
         query_tile_(query_tile),
         scores_tile_(scores_tile),
         all_outputs_(all_outputs),
-        part_(threadIdx.x / 32 % kSizes.parts()),
+        part_(threadIdx.x / 32 % kParts),
         factor_(args.scale * 1.4426950408889634f) {}
 
   __device__ __forceinline__ void begin(const Unit &unit, int first_row) {
@@ -57,8 +58,10 @@ class Rows {
 
   // Scores of the tile's keys; only this part's where warps share the rows.
   __device__ __forceinline__ void multiply_keys(unsigned keys) {
-    if constexpr (kSizes.parts() == 1) {
+    if constexpr (kParts == 1) {
       multiply_all_keys(keys);
+    } else if constexpr (!kSizes.query_in_shared()) {
+      multiply_two_quads(keys, kQuadsOfPart * part_);
     } else {
       if (part_ * kQuadsOfPart < kKeyQuads) {
 #pragma unroll
@@ -162,7 +165,9 @@ class Rows {
   }
 
  private:
-  static constexpr int kQuadsOfPart = (kKeyQuads + kSizes.parts() - 1) / kSizes.parts();
+  static constexpr int kQuadsOfPart = (kKeyQuads + kParts - 1) / kParts;
+  static_assert(kParts == 1 || kSizes.query_in_shared() || kQuadsOfPart == 2,
+                "a part has two quads where queries are in registers");
 
   __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
 
@@ -209,6 +214,24 @@ class Rows {
         Element::mma(scores_[j + 1], query_[step], b[1]);
       }
     }
+  }
+
+  // Of 16 keys, with the chains of multiply_all_keys.
+  __device__ __forceinline__ void multiply_two_quads(unsigned keys, int quad) {
+    const unsigned address = keys +
+                             (8 * quad + lane() % 8 + lane() / 16 * 8) * kSizes.row_bytes() +
+                             lane() / 8 % 2 * 16;
+    float first[4] = {}, second[4] = {};
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      unsigned b[2][2];
+      load_matrices(address + step * 32, b[0][0], b[0][1], b[1][0], b[1][1]);
+      Element::mma(first, query_[step], b[0]);
+      Element::mma(second, query_[step], b[1]);
+    }
+    float4 *target = scores_tile_ + 32 * quad + lane();
+    target[0] = make_float4(first[0], first[1], first[2], first[3]);
+    target[32] = make_float4(second[0], second[1], second[2], second[3]);
   }
 
   // Of 8 keys, as two chains: one alone would wait for every mma.

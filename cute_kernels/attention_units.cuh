@@ -103,12 +103,16 @@ __device__ __forceinline__ bool find_whole_unit(const light_paged_attention_args
   return true;
 }
 
-// Tiles of keys that a unit goes through. Each section that is split off has two at least, the
-// second perhaps of nothing: copies that run ahead so never reach over the unit that comes next.
+// Tiles of keys that a unit goes through. Each section that is split off has some at least, the
+// last perhaps of nothing: copies that run ahead so never reach over the unit that comes next.
 template <class Shape>
 __device__ __forceinline__ int num_tiles(const Unit &unit) {
   constexpr int kKeys = Shape::kSizes.tile_keys();
-  return max((unit.num_positions + kKeys - 1) / kKeys, Shape::kWhole ? 0 : 2);
+  constexpr int kFewest = Shape::kWhole ? 0 : 2;
+  static_assert(Shape::kWhole || kFewest * (Shape::kSizes.values_are_keys() ? 1 : 2) >=
+                                     Shape::kSlots - (Shape::kPaired ? 2 : 1),
+                "copies ahead are of two units");
+  return max((unit.num_positions + kKeys - 1) / kKeys, kFewest);
 }
 
 }  // namespace light::attention

@@ -368,7 +368,7 @@ typedef struct light_exchange_count_args {
 typedef struct light_route_split_args {
   const int *source_offsets;  // [W, source_stride] first pair of each expert on rank s, then all
   const int *copy_ranks;      // [E, C] ranks that hold a copy of each expert, home first, then -1
-  int *segments;              // [W, E, C, 2] end, base; of no copy: all pairs, 0
+  int *segments;              // [W, E, C, 2] end, base; of no copy: not written
   int *group_offsets;         // [E + 1] this rank's pairs: light_pair_groups, group e is expert e
   int *tile_offsets;          // [E + 1]
   int *tile_groups;           // [most_tiles]

@@ -24,7 +24,8 @@ struct Shape {
   static constexpr bool kWhole = Whole;
   static constexpr bool kPaired = kSizes.pairs_slots(Whole);
   static constexpr int kSlots = kSizes.slots(Whole);
-  static constexpr int kThreads = kSizes.threads(RowTiles);
+  static constexpr int kParts = kSizes.parts(Whole);
+  static constexpr int kThreads = kSizes.threads(RowTiles, Whole);
 };
 
 template <class Shape>
@@ -36,7 +37,7 @@ class Attention {
   __device__ __forceinline__ Attention(const light_paged_attention_args &args,
                                        unsigned char *shared, float4 *all_outputs)
       : args_(args),
-        row_tile_(threadIdx.x / 32 / kSizes.parts()),
+        row_tile_(threadIdx.x / 32 / Shape::kParts),
         slots_(shared_address(shared)),
         queries_(slots_ + Shape::kSlots * kSizes.slot_bytes()),
         pages_(args, slots_),
@@ -46,7 +47,8 @@ class Attention {
                   row_tile_ * kRows * kSizes.tile_keys() / 4,
               all_outputs) {}
 
-  __device__ __forceinline__ void begin(const Unit &unit) { pages_.begin(unit); }
+  __device__ __forceinline__ void look_up(const Unit &unit) { pages_.look_up(unit); }
+  __device__ __forceinline__ void begin() { pages_.begin(); }
 
   __device__ __forceinline__ void follow(const Unit &unit, bool exists) {
     if (exists) {
@@ -82,7 +84,7 @@ class Attention {
     if constexpr (Shape::kPaired) pages_.copy_next();
     const unsigned keys = next_slot();
     if (sees) rows_.multiply_keys(keys);
-    if constexpr (kSizes.parts() > 1) {
+    if constexpr (Shape::kParts > 1) {
       __syncthreads();
       if (sees) rows_.gather_scores();
     }
@@ -140,12 +142,14 @@ class Attention {
 template <class Shape>
 __device__ __forceinline__ void run_split(const light_paged_attention_args &args) {
   extern __shared__ __align__(128) unsigned char shared[];
-  wait_for_previous_kernel();
+  let_next_kernel_begin();
   Attention<Shape> attention(args, shared, nullptr);
   Unit unit, next;
   int index = blockIdx.x;
   bool exists = find_split_unit(args, index, &unit);
-  if (exists) attention.begin(unit);
+  if (exists) attention.look_up(unit);
+  wait_for_kernel_before();  // the tables are older: only queries, keys and values are not
+  if (exists) attention.begin();
 #pragma unroll 1
   while (exists) {
     exists = find_split_unit(args, index += gridDim.x, &next);
@@ -158,7 +162,7 @@ __device__ __forceinline__ void run_split(const light_paged_attention_args &args
 template <class Shape>
 __device__ __forceinline__ void run_whole(const light_paged_attention_args &args) {
   extern __shared__ __align__(128) unsigned char shared[];
-  wait_for_previous_kernel();
+  pass_on_and_wait();
   Unit unit;
   if (!find_whole_unit(args, blockIdx.x, Shape::kRowTiles * kRows, &unit)) return;
   // In local memory, whatever the compiler thinks of it: they are needed once a section, and
@@ -167,13 +171,14 @@ __device__ __forceinline__ void run_whole(const light_paged_attention_args &args
   float4 *kept = all_outputs;
   asm volatile("" : "+l"(kept)::"memory");
   Attention<Shape> attention(args, shared, kept);
-  attention.begin(unit);
+  attention.look_up(unit);
+  attention.begin();
   attention.run(unit);
 }
 
 template <class Scalar, int kWidth>
 __device__ __forceinline__ void run_merge(const light_paged_attention_args &args) {
-  wait_for_previous_kernel();
+  pass_on_and_wait();
   const int item = blockIdx.x * kMergeWarps + threadIdx.x / 32;
   const int sequence = item / args.num_heads, head = item % args.num_heads;
   if (sequence >= args.num_sequences || num_queries(args, sequence) != 1) return;

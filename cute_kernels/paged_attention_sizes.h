@@ -32,9 +32,14 @@ struct Sizes {
   }
   LIGHT_ATTENTION_BOTH constexpr bool values_are_keys() const { return width > kMaxApart; }
   LIGHT_ATTENTION_BOTH constexpr bool query_in_shared() const { return width > 128; }
-  // Warps that share 16 rows: each has its part of the value columns, and of a tile's scores.
-  LIGHT_ATTENTION_BOTH constexpr int parts() const {
-    return width <= 128 ? 1 : width <= kMaxApart ? 2 : 4;
+  // Warps that share 16 rows: each has its part of the value columns, and of a tile's scores. One
+  // is enough where a CTA has many rows; with 16 alone it would wait for every step of a tile.
+  LIGHT_ATTENTION_BOTH constexpr int parts(bool whole) const {
+    if (width <= 128) return whole || !shares_few_rows() ? 1 : 4;
+    return width <= kMaxApart ? 2 : 4;
+  }
+  LIGHT_ATTENTION_BOTH constexpr bool shares_few_rows() const {
+    return architecture >= 90 && width >= 64;
   }
   LIGHT_ATTENTION_BOTH constexpr int tile_keys() const {
     return width > kMaxApart ? (is_async() ? 32 : 16) : is_async() && width <= 128 ? 64 : 32;
@@ -46,7 +51,8 @@ struct Sizes {
   // Tiles of keys, or of values, in shared memory.
   LIGHT_ATTENTION_BOTH constexpr int slots(bool whole) const {
     if (pairs_slots(whole)) return is_roomy() ? 6 : 4;
-    if (width <= 128 && is_async()) return 3;  // four CTAs of 64 keys x 128 on a Hopper SM
+    if (width <= 128 && parts(whole) > 1) return 4;  // three CTAs of 64 keys x 128 on an SM
+    if (width <= 128 && is_async()) return 3;
     return is_roomy() && !values_are_keys() ? 4 : 2;
   }
   // Of 16 rows, of a CTA that walks all sections of a prompt's tile.
@@ -59,14 +65,15 @@ struct Sizes {
   LIGHT_ATTENTION_BOTH constexpr int query_bytes(int num_row_tiles) const {
     return query_in_shared() ? num_row_tiles * kRows * row_bytes() : 0;
   }
-  LIGHT_ATTENTION_BOTH constexpr int scores_bytes(int num_row_tiles) const {
-    return parts() > 1 ? num_row_tiles * kRows * tile_keys() * 4 : 0;
+  LIGHT_ATTENTION_BOTH constexpr int scores_bytes(int num_row_tiles, bool whole) const {
+    return parts(whole) > 1 ? num_row_tiles * kRows * tile_keys() * 4 : 0;
   }
   LIGHT_ATTENTION_BOTH constexpr int shared_bytes(int num_row_tiles, bool whole) const {
-    return slots(whole) * slot_bytes() + query_bytes(num_row_tiles) + scores_bytes(num_row_tiles);
+    return slots(whole) * slot_bytes() + query_bytes(num_row_tiles) +
+           scores_bytes(num_row_tiles, whole);
   }
-  LIGHT_ATTENTION_BOTH constexpr int threads(int num_row_tiles) const {
-    return 32 * parts() * num_row_tiles;
+  LIGHT_ATTENTION_BOTH constexpr int threads(int num_row_tiles, bool whole) const {
+    return 32 * parts(whole) * num_row_tiles;
   }
 };
 

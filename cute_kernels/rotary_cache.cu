@@ -115,7 +115,7 @@ __device__ inline Scalar *target_of(const light_rotary_cache_args &args, long lo
 
 template <typename Scalar>
 __device__ void rotary_cache(const light_rotary_cache_args &args) {
-  wait_for_previous_kernel();
+  pass_on_and_wait();
   const unsigned heads_per_token = args.num_heads + 2 * args.num_kv_heads;
   const unsigned lanes = args.lanes_per_head;
   const unsigned unit = blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;

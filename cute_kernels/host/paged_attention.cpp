@@ -52,10 +52,11 @@ light_status find(const char *kind, const Sizes &sizes, light_dtype dtype, int r
                               (dtype == LIGHT_FLOAT16 ? "f16" : "bf16") + "_w" +
                               std::to_string(sizes.width);
   const std::string name = program + "_" + kind;
+  const bool whole = kind[0] == 'w';
   return row_tiles == 0
              ? find_kernel(program, name, 32 * attention::kMergeWarps, 0, kernel)
-             : find_kernel(program, name, sizes.threads(row_tiles),
-                           sizes.shared_bytes(row_tiles, kind[0] == 'w'), kernel);
+             : find_kernel(program, name, sizes.threads(row_tiles, whole),
+                           sizes.shared_bytes(row_tiles, whole), kernel);
 }
 
 light_status launch_whole(const light_paged_attention_args &args, const Sizes &sizes,

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
@@ -20,14 +21,17 @@ from lightmoe.core import (
     BalanceReport,
     Batch,
     EngineStats,
+    HostTierCounts,
     LoadReport,
     ModelInfo,
     Orders,
     OutputCallback,
+    OverflowReport,
     RankStats,
     Request,
     RequestOutput,
     SampledToken,
+    SequenceStep,
     StepResult,
 )
 from lightmoe.engine.balance import RoutingRecorder, StepBalancer
@@ -60,6 +64,15 @@ class SchedulerConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_num_queued_reqs: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    """A step that has begun: what each rank runs, in which placement, and since when."""
+
+    plans: list[tuple[SequenceStep, ...]]
+    placement: Placement
+    begun: float
 
 
 class Engine:
@@ -105,11 +118,16 @@ class Engine:
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
         self._num_steps = 0
+        self._num_begun = 0
+        self._under_way: deque[_UnderWay] = deque()
+        self._last_end = 0.0
         self._last_step_seconds = 0.0
         self._started = time.monotonic()
         self._expert_tokens = np.zeros((model.num_layers, model.num_experts), dtype=np.int64)
         self._rank_pairs = np.zeros((len(workers.ranks), model.num_layers), dtype=np.int64)
         self._rank_seconds = [0.0] * len(workers.ranks)
+        self._host_tier: HostTierCounts | None = None
+        self._overflow = None if model.overflow is None else OverflowReport(model.overflow)
         self._new: deque[tuple[Request, OutputCallback]] = deque()
         self._aborted: deque[str] = deque()
         self._wake = threading.Condition()
@@ -183,6 +201,7 @@ class Engine:
                 route=self._wanted_route,
                 balance=balance,
                 rank_seconds=self._rank_seconds.copy(),
+                overflow=self._overflow,
             )
 
     def stats(self) -> EngineStats:
@@ -208,6 +227,7 @@ class Engine:
             uptime_seconds=time.monotonic() - self._started,
             last_step_seconds=self._last_step_seconds,
             ranks=ranks,
+            host_tier=self._host_tier,
         )
 
     def on_failure(self, callback: Callable[[LightMoEError], None]) -> None:
@@ -251,8 +271,10 @@ class Engine:
         try:
             while self._wait_for_work():
                 self._take_news()
-                if self._sequences:
+                if self._sequences or self._under_way:
                     self.step()
+            while self._under_way:  # ranks write their traces once nobody waits for them
+                self._finish_step()
         except Exception as error:
             # Once the end was asked for, the ranks may be gone in the middle of a long step.
             if not self._closing:
@@ -269,7 +291,9 @@ class Engine:
         return True
 
     def _has_news(self) -> bool:
-        return bool(self._closing or self._new or self._aborted or self._sequences)
+        return bool(
+            self._closing or self._new or self._aborted or self._sequences or self._under_way
+        )
 
     def _take_news(self) -> None:
         with self._wake:
@@ -285,23 +309,41 @@ class Engine:
                     sequence.on_output(RequestOutput(request_id, finish_reason="abort"))
 
     def step(self) -> None:
-        """One step: schedule, run, hand out."""
+        """Begin a step, then hand out the one before: the ranks never wait for the driver."""
+        if not self._begin_step() or len(self._under_way) > 1:
+            self._finish_step()
+
+    def _begin_step(self) -> bool:
+        """Schedule a step and start it; False where nothing can be planned yet."""
+        if self._under_way and any(one.is_penalised for one in self._sequences.values()):
+            return False  # what comes next depends on tokens that are being chosen
         plans = [scheduler.schedule() for scheduler in self._schedulers]
         tokens_per_rank = tuple(sum(len(part.token_ids) for part in plan) for plan in plans)
+        if self._under_way and not any(tokens_per_rank):
+            return False
         orders, placement = self._orders()
-        started = time.perf_counter()
-        results = self._workers.step(
-            [Batch(self._num_steps, tokens_per_rank, plan, orders) for plan in plans]
-        )
-        self._last_step_seconds = time.perf_counter() - started
-        # The ranks have done it: what is theirs is now the driver's.
-        self._workers.placement = placement
         if orders is not None:
             self._route = orders.route or self._route
+        self._workers.begin(
+            [Batch(self._num_begun, tokens_per_rank, plan, orders) for plan in plans]
+        )
+        self._num_begun += 1
+        self._under_way.append(_UnderWay(plans, placement, time.perf_counter()))
+        return True
+
+    def _finish_step(self) -> None:
+        """Wait for the first step under way and hand out its tokens."""
+        results = self._workers.finish()
+        step, now = self._under_way.popleft(), time.perf_counter()
+        self._last_step_seconds = now - max(step.begun, self._last_end)
+        self._last_end = now
+        # The ranks have done it: what is theirs is now the driver's.
+        self._workers.placement = step.placement
         self._observe(results)
         with self._wake:
             if self.error is not None:
                 return  # given up by drain() while the ranks were busy
+            self._audit(step.plans, results)
             for result in results:
                 self._count(result)
                 for token in result.tokens:
@@ -313,7 +355,10 @@ class Engine:
 
         And the placement in which the step runs.
         """
-        orders, placement, wanted = None, self._workers.placement, self._wanted_route
+        wanted = self._wanted_route
+        orders, placement = None, self._workers.placement
+        if self._under_way:  # in the one that the last step leaves
+            placement = self._under_way[-1].placement
         if self._balancer is not None:
             orders, placement = self._balancer.orders(placement, wanted) or (None, placement)
         if wanted != self._route:
@@ -331,9 +376,27 @@ class Engine:
         self._expert_tokens += result.expert_tokens
         self._rank_pairs[result.rank] += result.layer_pairs
         self._rank_seconds[result.rank] += result.seconds
+        if result.host_tier is not None:
+            self._host_tier = (self._host_tier or HostTierCounts()) + result.host_tier
+
+    def _audit(self, plans: list[tuple[SequenceStep, ...]], results: list[StepResult]) -> None:
+        """What an OverflowRule did, in all and to each token of each sequence."""
+        steps = [result.overflow for result in results if result.overflow is not None]
+        if self._overflow is None or not steps:
+            return
+        self._overflow = self._overflow.plus(steps)
+        for plan, step in zip(plans, steps, strict=True):
+            moved = iter(step.moved_pairs.tolist())
+            for part in plan:
+                numbers = list(islice(moved, len(part.token_ids)))
+                sequence = self._sequences.get(part.sequence_id)
+                if sequence is not None:
+                    sequence.note_moved(part.start, numbers)
 
     def _append(self, token: SampledToken) -> None:
-        sequence = self._sequences[token.sequence_id]
+        sequence = self._sequences.get(token.sequence_id)
+        if sequence is None:
+            return  # it has ended while this step was under way
         request_id = sequence.request.request_id
         if token.token_id < 0:
             self._finish(sequence)
@@ -346,7 +409,8 @@ class Engine:
         self._num_generated_tokens += 1
         if reason is not None:
             self._finish(sequence)
-        sequence.on_output(RequestOutput(request_id, (token,), reason))
+        moved = sequence.take_moved()
+        sequence.on_output(RequestOutput(request_id, (token,), reason, moved_pairs=moved))
 
     def _check(self, request: Request) -> None:
         num_prompt, limit = len(request.prompt_token_ids), self.model.max_model_len

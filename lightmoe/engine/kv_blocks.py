@@ -26,7 +26,8 @@ class KVBlocks:
         missing = max(0, -(-num_positions // self.block_size) - len(table))
         if missing > self.num_free:
             return False
-        table.extend(self._free.pop() for _ in range(missing))
+        if missing:
+            table.extend(self._free.pop() for _ in range(missing))
         return True
 
     def release(self, table: list[int]) -> None:

@@ -51,16 +51,18 @@ class Scheduler:
             if sequence not in self.running or not num_tokens:
                 continue  # preempted by an earlier one, or no budget left
             if self._make_room(sequence, sequence.num_computed + num_tokens, steps):
-                steps[sequence.sequence_id] = self._step(sequence, num_tokens)
+                steps[sequence.sequence_id] = sequence.plan(num_tokens)
                 budget -= num_tokens
         while self.waiting and budget and len(self.running) < self._max_num_seqs:
             sequence = self.waiting[0]
             # All of it must fit now: half a prompt in a full cache would only push others out.
-            if not self.blocks.extend(sequence.block_table, len(sequence.token_ids) + 1):
+            if not self.blocks.extend(sequence.block_table, sequence.num_tokens + 1):
                 break
             self.running.append(self.waiting.popleft())
             num_tokens = min(sequence.num_waiting, budget)
-            steps[sequence.sequence_id] = self._step(sequence, num_tokens)
+            if not num_tokens:
+                continue  # preempted while its last token is being chosen
+            steps[sequence.sequence_id] = sequence.plan(num_tokens)
             budget -= num_tokens
         return tuple(steps.values())
 
@@ -83,14 +85,3 @@ class Scheduler:
         sequence.num_computed = 0
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
-
-    def _step(self, sequence: Sequence, num_tokens: int) -> SequenceStep:
-        start, end = sequence.num_computed, sequence.num_computed + num_tokens
-        sequence.num_computed = end
-        return SequenceStep(
-            sequence_id=sequence.sequence_id,
-            token_ids=tuple(sequence.token_ids[start:end]),
-            start=start,
-            block_table=tuple(sequence.block_table),
-            sampling=sequence.sampling_step() if end == len(sequence.token_ids) else None,
-        )

@@ -16,8 +16,15 @@ class WorkerGroup(Protocol):
     placement: Placement
     block_size: int
 
-    def step(self, batches: Sequence[Batch]) -> list[StepResult]:
-        """Run one step on every rank at once; RankError names a rank that died or is late."""
+    def begin(self, batches: Sequence[Batch]) -> None:
+        """Start a step on every rank, behind the one that may be under way: two at most.
+
+        RankError names a rank that died or is late.
+        """
+        ...
+
+    def finish(self) -> list[StepResult]:
+        """Wait for the first of the steps under way; raises as `begin`."""
         ...
 
     def check(self) -> None:

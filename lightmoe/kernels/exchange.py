@@ -238,7 +238,8 @@ class Chunk:
 
         `weights` fp32 [W, S] are all ranks', for pair_weight [P]. `results` are where each rank
         wants those of its tokens [T * K, D], a chunk's by expert, then position, for output_rows
-        int64 [P]: the address for each pair's. `on_cards`: hidden states of other ranks are in their cards' memory, not in the host's.
+        int64 [P]: the address for each pair's. `on_cards`: hidden states of other ranks are in
+        their cards' memory, not in the host's.
         """
         library().launch(
             "exchange_pull",

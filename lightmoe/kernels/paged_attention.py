@@ -41,7 +41,8 @@ def paged_attention(
 
     The rest is reference.paged_attention's; here the tables int32 [B, blocks], starts int32
     [B + 1] and lengths int32 [B] are read when the kernels run, so a captured graph replays with
-    others, of `max_queries` queries of a sequence at most. Each row's bits depend only on what it
+    others, of `max_queries` queries of a sequence at most; on Hopper perhaps while the kernel in
+    front still runs, so that must not write them. Each row's bits depend only on what it
     sees: not on other rows, nor on whether it is decoded or part of a prompt. Rows that are no
     sequence's are left.
 

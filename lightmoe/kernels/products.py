@@ -6,7 +6,7 @@ A plan depends on sizes alone, so it is made once for each.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,14 @@ from lightmoe.kernels.checks import (
 )
 from lightmoe.kernels.groups import PairGroups
 from lightmoe.kernels.library import address, library
-from lightmoe.kernels.tiles import Product, Tile, choose_depth_splits, choose_tile, permutes_rows
+from lightmoe.kernels.tiles import (
+    Product,
+    Tile,
+    choose_depth_splits,
+    choose_stages,
+    choose_tile,
+    permutes_rows,
+)
 
 GroupFields = tuple[int, int, int, int, int, int]
 """light_pair_groups: the addresses of its four tables, G and P."""
@@ -109,6 +116,7 @@ def _plan(
         tile = choose_tile(product)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    tile = replace(tile, stages=choose_stages(product, tile))
     depth_splits = choose_depth_splits(product, tile)
     if depth_splits == 1:
         return Plan(tile, tile.fields, permutes=permutes_rows(product, tile))

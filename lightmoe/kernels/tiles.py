@@ -24,6 +24,8 @@ FEWEST_SPLIT_STAGES = 12  # of a part of the depth; fewer, and filling the pipel
 MOST_STAGES = 12  # of warpgroup tiles
 PAIRS_TO_COMPUTE = 192  # of a group: about here reading its 16-bit weights stops being the bound
 FEATURES_TO_PERMUTE = 2048
+FEW_TOKENS = 64  # of one matrix: more are more work than reading it
+STAGES_ALONE = 9  # of a CTA that has a multiprocessor to itself
 _QUEUE_TILES = 16
 _SWIZZLE_BYTES = 1024  # at whose multiples the stages of warpgroup tiles begin
 _RING_BYTES = 2 * MOST_STAGES * 8 + 17 * CHUNK_BYTES  # barriers, and the ring of units
@@ -346,9 +348,10 @@ def _warpgroup_rejection(tile: Tile, product: Product) -> str | None:
     them read as fast as all, and a depth in parts unpacks codes faster.
     """
     others = candidates(product.architecture, product.num_bits, product.row_bits)
+    narrow = _is_narrow(product)
     if product.tokens_per_tile is None:
         wanted = tokens_wanted(product)
-        sizes = [other.tokens for other in others]
+        sizes = {other.tokens for other in others if not narrow or other.weight_rows == 64}
         tokens = min((size for size in sizes if size >= wanted), default=max(sizes))
         if tile.tokens != tokens:
             return f"{wanted:.1f} tokens are expected in a tile: for those, one of {tokens}"
@@ -360,9 +363,37 @@ def _warpgroup_rejection(tile: Tile, product: Product) -> str | None:
     if tile not in alike:
         return "the order of the sums would depend on the number of pairs"
     widest = max(alike, key=lambda other: other.weight_rows)
-    outputs, multiprocessors = product.num_outputs(widest), MULTIPROCESSORS[product.architecture]
-    chosen = alike[-1] if outputs <= multiprocessors / 2 else widest
+    chosen = alike[-1] if narrow or _is_idle(product, widest) else widest
+    outputs = product.num_outputs(widest)
     return None if tile == chosen else f"{outputs:.0f} tiles of {widest.weight_rows} rows"
+
+
+def _is_narrow(product: Product) -> bool:
+    """Whether all tiles are to have 64 rows: one matrix of 16 bits, for few tokens.
+
+    Such a matrix often has so few tiles of more rows that most multiprocessors would be without
+    work. Narrow ones read it faster, though several tiles of tokens read the same rows.
+    """
+    if product.num_bits != 16 or product.num_groups != 1 or product.num_pairs > FEW_TOKENS:
+        return False
+    tiles = candidates(product.architecture, product.num_bits)
+    return _is_idle(product, max(tiles, key=lambda tile: tile.tokens))
+
+
+def _is_idle(product: Product, tile: Tile) -> bool:
+    """Whether the tile leaves most multiprocessors without work."""
+    return product.num_outputs(tile) <= MULTIPROCESSORS[product.architecture] / 2
+
+
+def choose_stages(product: Product, tile: Tile) -> int:
+    """Stages of a tile's pipeline: more where each CTA has a multiprocessor to itself.
+
+    Half the multiprocessors read as fast as all if twice as many bytes are on their way to each.
+    """
+    if not tile.limit or not _is_narrow(product):
+        return tile.stages
+    alone = product.num_outputs(tile) <= MULTIPROCESSORS[product.architecture]
+    return STAGES_ALONE if alone else tile.stages
 
 
 def rejections(product: Product) -> list[tuple[Tile, str | None]]:

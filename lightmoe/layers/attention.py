@@ -50,6 +50,7 @@ class KVCache:
         self.values = torch.empty(*shape, value_width, dtype=dtype, device=device)
         self.keys[:, num_blocks:], self.values[:, num_blocks:] = 0, 0
         self.block_size = block_size
+        self.num_blocks = num_blocks
         self.scratch_row = num_blocks * block_size
 
 

@@ -24,8 +24,16 @@ def stays_on_device(step: SamplingStep) -> bool:
     return step.num_logprobs < 0 and not step.history and not step.banned_ids
 
 
-def sample_rows(logits: Tensor, steps: Sequence[SamplingStep]) -> list[int]:
-    """One token for each row of fp32 logits [B, V], INVALID_TOKEN where they are not finite."""
+def best_rows(logits: Tensor) -> Tensor:
+    """The likeliest token for each row of fp32 logits [B, V], INVALID_TOKEN as below: int64 [B]."""
+    return _if_finite(logits, logits.argmax(dim=1))
+
+
+def sample_rows(logits: Tensor, steps: Sequence[SamplingStep]) -> Tensor:
+    """One token for each row of fp32 logits [B, V], INVALID_TOKEN where they are not finite.
+
+    int64 [B], where the logits are, without waiting for them.
+    """
     tokens = logits.argmax(dim=1)
     if any(step.temperature > 0 for step in steps):
         fields = [
@@ -41,10 +49,13 @@ def sample_rows(logits: Tensor, steps: Sequence[SamplingStep]) -> list[int]:
             place = _draw(_kept(best.values, top_k, top_p, min_p), point)
             drawn = torch.where(filters > 0, best.indices.gather(1, place), drawn)
         tokens = torch.where(temperature > 0, drawn, tokens[:, None]).squeeze(1)
+    return _if_finite(logits, tokens)
+
+
+def _if_finite(logits: Tensor, tokens: Tensor) -> Tensor:
     # What is not finite leaves no sum finite, whatever it meets on the way.
     finite = logits.sum(dim=1).abs() < torch.inf
-    chosen: list[int] = torch.where(finite, tokens, INVALID_TOKEN).tolist()
-    return chosen
+    return torch.where(finite, tokens, INVALID_TOKEN)
 
 
 def _filters(step: SamplingStep) -> bool:

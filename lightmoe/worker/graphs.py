@@ -8,25 +8,34 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightmoe.core import SequenceStep
+from lightmoe.core import UNKNOWN_TOKEN, SequenceStep
 from lightmoe.kernels.checks import is_native
 from lightmoe.kernels.exchange import COUNTED_PAIRS
 from lightmoe.layers.attention import AttentionStep, KVCache
 from lightmoe.layers.batched_attention import AttendTogether
 from lightmoe.models.decoder import Decoder
 from lightmoe.moe.dispatch import ExpertGroup
-from lightmoe.worker.inputs import cache_rows_of, pad_tables, send, tables_of
+from lightmoe.worker.chosen import ChosenTokens
+from lightmoe.worker.device_sampler import best_rows
+from lightmoe.worker.inputs import send
 
 logger = logging.getLogger(__name__)
 
 MAX_BATCH = 64
+MAX_GRAPHS = 64
+"""Of a rank; a graph is some megabytes of host and device memory."""
+
+_Key = tuple[int, int, str]
+"""Rows, blocks of the longest sequence, and how experts are routed."""
 
 
 def bucket(number: int) -> int:
@@ -39,7 +48,7 @@ class _Recorded:
     """A graph, where it reads a step from, and the logits [B, V] that it writes.
 
     `numbers` int64 holds how many sequences are real, then token, position and cache row of each,
-    then their block tables.
+    then their block tables. A token below 0 is a place of ChosenTokens.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -50,11 +59,14 @@ class _Recorded:
 class DecodeGraphs:
     """The graphs of one rank, made when they are first needed: by batch and longest sequence."""
 
-    def __init__(self, decoder: Decoder, group: ExpertGroup, cache: KVCache) -> None:
+    def __init__(
+        self, decoder: Decoder, group: ExpertGroup, cache: KVCache, chosen: ChosenTokens
+    ) -> None:
+        self._chosen = chosen
         self._decoder = decoder
         self._group = group
         self._cache = cache
-        self._recorded: dict[tuple[int, int, str], _Recorded] = {}
+        self._recorded: OrderedDict[_Key, _Recorded] = OrderedDict()
         self._pool: Any = None
         per_token = decoder.num_experts_per_token
         self.max_batch = min(MAX_BATCH, COUNTED_PAIRS // per_token)
@@ -74,40 +86,64 @@ class DecodeGraphs:
         """Whether a graph can run these: one token of each."""
         return all(len(sequence.token_ids) == 1 for sequence in sequences)
 
-    def run(self, sequences: Sequence[SequenceStep], batch: int) -> Tensor:
-        """One token of each sequence, padded to `batch` -> logits [sequences, V]."""
+    def has(self, sequences: Sequence[SequenceStep], batch: int) -> bool:
+        """Whether a graph of this step is recorded."""
+        return self.fits(sequences) and self._key(sequences, batch) in self._recorded
+
+    def _key(self, sequences: Sequence[SequenceStep], batch: int) -> _Key:
         length = max((sequence.start + 1 for sequence in sequences), default=1)
-        num_blocks = bucket(-(-length // self._cache.block_size))
-        key = (batch, num_blocks, self._group.route)
-        numbers = self._numbers(sequences, batch, num_blocks)
+        return batch, bucket(-(-length // self._cache.block_size)), self._group.route
+
+    def run(self, sequences: Sequence[SequenceStep], batch: int) -> Tensor:
+        """One token of each sequence, padded to `batch` -> logits [sequences, V].
+
+        The likeliest token of each row is what the next step finds, unless others are put there.
+        """
+        key = self._key(sequences, batch)
+        numbers = torch.from_numpy(self._numbers(sequences, batch, key[1]))
         if key in self._recorded:
             recorded = self._recorded[key]
-            recorded.numbers.copy_(numbers)
+            self._recorded.move_to_end(key)
+            recorded.numbers.copy_(numbers.pin_memory(), non_blocking=True)
             recorded.graph.replay()
             return recorded.logits[: len(sequences)]
         # The ranks meet once a step in any case, so the first time is the step itself.
-        logits = self._forward(numbers, batch, num_blocks)
-        self._recorded[key] = self._record(numbers, batch, num_blocks)
+        sent = send(numbers, self._cache.keys.device)
+        logits = self._forward(sent, batch, key[1])
+        self._recorded[key] = self._record(sent, batch, key[1])
         return logits[: len(sequences)]
 
-    def _numbers(self, sequences: Sequence[SequenceStep], batch: int, num_blocks: int) -> Tensor:
-        """The step as one tensor on the device, sent there in one copy."""
+    def _numbers(
+        self, sequences: Sequence[SequenceStep], batch: int, num_blocks: int
+    ) -> np.ndarray:
+        """The step as one array int64, as `_Recorded` says."""
         block_size, scratch = self._cache.block_size, self._cache.scratch_row
-        tokens = [sequence.token_ids[0] for sequence in sequences]
-        positions = [sequence.start for sequence in sequences]
-        cache_rows = [row for one in sequences for row in cache_rows_of(one, block_size)]
-        tables = tables_of(sequences, block_size)
-        missing = batch - len(tokens)
-        tokens += (tokens[:1] or [0]) * missing
-        positions += (positions[:1] or [0]) * missing
-        cache_rows += [scratch] * missing
-        tables += (tables[:1] or [[scratch // block_size]]) * missing
-        flat = [len(sequences), *tokens, *positions, *cache_rows, *pad_tables(tables, num_blocks)]
-        return send(torch.tensor(flat, dtype=torch.int64), self._cache.keys.device)
+        count = len(sequences)
+        numbers = np.zeros(1 + batch * (3 + num_blocks), dtype=np.int64)
+        numbers[0] = count
+        tokens, positions, cache_rows = numbers[1 : 1 + 3 * batch].reshape(3, batch)
+        tables = numbers[1 + 3 * batch :].reshape(batch, num_blocks)
+        cache_rows[count:], tables[count:, 0] = scratch, scratch // block_size
+        for row, sequence in enumerate(sequences):
+            token, start, table = sequence.token_ids[0], sequence.start, sequence.block_table
+            last = start // block_size
+            unknown = token == UNKNOWN_TOKEN
+            tokens[row] = self._chosen.place_of(sequence.sequence_id) if unknown else token
+            positions[row] = start
+            cache_rows[row] = table[last] * block_size + start % block_size
+            tables[row, : last + 1] = table[: last + 1]
+        if count:
+            for column in (tokens, positions, tables):
+                column[count:] = column[0]
+        return numbers
 
     def _record(self, numbers: Tensor, batch: int, num_blocks: int) -> _Recorded:
         """Record the step that has just run, which has loaded all it needs. Nothing runs here."""
         started = time.perf_counter()
+        while len(self._recorded) >= MAX_GRAPHS:
+            torch.cuda.synchronize()  # it may be running
+            forgotten, _ = self._recorded.popitem(last=False)
+            logger.info("forgot the graph of %s, the one that was not used longest", forgotten)
         static, graph = numbers.clone(), torch.cuda.CUDAGraph()
         # Other threads of this process may talk to the driver meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -143,9 +179,11 @@ class DecodeGraphs:
         group.num_real = num_real.int()
         decoder.load.counted = real.repeat_interleave(decoder.num_experts_per_token)
         try:
-            hidden = decoder.forward(token_ids, step)
+            hidden = decoder.forward(self._chosen.fill(token_ids), step)
         finally:
             group.num_real = decoder.load.counted = None
         if group.peers is not None:
             group.peers.count_pairs()
-        return decoder.logits(hidden)
+        logits = decoder.logits(hidden)
+        self._chosen.put(best_rows(logits))
+        return logits

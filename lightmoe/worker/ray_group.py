@@ -69,11 +69,14 @@ class RankActor:
                 frame = channel.receive_frame(connection)
                 return None if frame is None else channel.unpack_batch(frame)
 
-            run_steps(
-                self._worker,
-                receive,
-                lambda result: channel.send_frame(connection, channel.pack_result(result)),
-            )
+            try:
+                run_steps(
+                    self._worker,
+                    receive,
+                    lambda result: channel.send_frame(connection, channel.pack_result(result)),
+                )
+            finally:
+                channel.hang_up(connection)
 
 
 class RayWorkerGroup:
@@ -129,12 +132,18 @@ class RayWorkerGroup:
         for connection in self._connections:
             connection.settimeout(self._step_timeout_seconds)
 
-    def step(self, batches: Sequence[Batch]) -> list[StepResult]:
-        """Run one step on every rank at once; RankError names the rank that died or is late."""
-        results: list[StepResult] = []
+    def begin(self, batches: Sequence[Batch]) -> None:
+        """Start a step on every rank at once; RankError names the rank that died or is late."""
         try:
             for connection, batch in zip(self._connections, batches, strict=True):
                 channel.send_frame(connection, channel.pack_batch(batch))
+        except (ConnectionError, TimeoutError) as error:
+            raise self._diagnose() from error
+
+    def finish(self) -> list[StepResult]:
+        """Wait for the first of the steps under way; raises as `begin`."""
+        results: list[StepResult] = []
+        try:
             for connection in self._connections:
                 frame = channel.receive_frame(connection)
                 if frame is None:

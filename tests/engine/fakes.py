@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import threading
 import zlib
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from lightmoe.core import (
+    UNKNOWN_TOKEN,
     Batch,
     ModelInfo,
     RankInfo,
@@ -62,6 +64,7 @@ class FakeRank:
         self.cache = np.full(num_blocks * BLOCK_SIZE, UNWRITTEN, dtype=np.int64)
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._before: dict[int, int] = {}  # what sequences got in the last step
 
     def run(self, plan: Sequence[SequenceStep]) -> tuple[SampledToken, ...]:
         """The tokens of the sequences whose prompts are finished."""
@@ -70,15 +73,21 @@ class FakeRank:
         assert len({part.sequence_id for part in plan}) == len(plan)
         blocks = [block for part in plan for block in part.block_table]
         assert len(set(blocks)) == len(blocks), "a block belongs to two sequences"
-        return tuple(token for part in plan for token in self._run_sequence(part))
+        tokens = tuple(token for part in plan for token in self._run_sequence(part))
+        self._before = {token.sequence_id: token.token_id for token in tokens}
+        return tokens
 
     def _run_sequence(self, part: SequenceStep) -> list[SampledToken]:
         assert part.token_ids, "a sequence without tokens has no place in a step"
+        known = [*part.token_ids]
+        if known[-1] == UNKNOWN_TOKEN:
+            known[-1] = self._before[part.sequence_id]
+        assert UNKNOWN_TOKEN not in known
         rows = [
             part.block_table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
             for position in range(part.start + len(part.token_ids))
         ]
-        self.cache[rows[part.start :]] = part.token_ids
+        self.cache[rows[part.start :]] = known
         if part.sampling is None:
             return []
         seen = self.cache[rows].tolist()
@@ -121,6 +130,8 @@ class FakeWorkers:
         self.check_fails_with: LightMoEError | None = None
         self.spoil: Callable[[SampledToken], SampledToken] = lambda token: token
         self.num_closed = 0
+        self._under_way: deque[Sequence[Batch]] = deque()
+        self.most_under_way = 0
         self._may_run = threading.Event()
         self._may_run.set()
         self._pause_before: int | None = None
@@ -138,8 +149,15 @@ class FakeWorkers:
         """Let steps go on."""
         self._may_run.set()
 
-    def step(self, batches: Sequence[Batch]) -> list[StepResult]:
-        """Run one step on every rank."""
+    def begin(self, batches: Sequence[Batch]) -> None:
+        """Note a step; it runs when it is waited for."""
+        self._under_way.append(batches)
+        self.most_under_way = max(self.most_under_way, len(self._under_way))
+        assert self.most_under_way <= 2
+
+    def finish(self) -> list[StepResult]:
+        """Run the first of the steps on every rank."""
+        batches = self._under_way.popleft()
         if batches[0].step == self._pause_before:
             self.pause()
         if not self._may_run.is_set():

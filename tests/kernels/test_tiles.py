@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from lightmoe.kernels.tiles import (
     MOST_STAGES,
+    MULTIPROCESSORS,
     SHARED_BYTES,
     Product,
     Tile,
     candidates,
     choose_depth_splits,
+    choose_stages,
     choose_tile,
     permutes_rows,
     rejections,
@@ -199,6 +201,28 @@ def test_few_tiles_of_four_bits_share_a_stage_where_sums_may_differ() -> None:
     assert choose_tile(few).depth_parts > 1
     assert choose_tile(replace(few, deterministic=True)).depth_parts == 1
     assert choose_tile(replace(few, num_features=1 << 14)).depth_parts == 1
+
+
+@pytest.mark.parametrize("num_features", [2048, 4096, 6144])
+@pytest.mark.parametrize("num_tokens", [1, 9, 16, 33, 64])
+def test_one_matrix_for_few_tokens_is_read_by_many_narrow_tiles(
+    num_features: int, num_tokens: int
+) -> None:
+    product = Product(
+        90, num_tokens, 1, num_features, 4096, swiglu=False, half=False, deterministic=True
+    )
+
+    tile = choose_tile(product)
+    deeper = replace(tile, stages=choose_stages(product, tile))
+
+    assert (tile.weight_rows, tile.tokens) == (64, 16)
+    alone = product.num_outputs(tile) <= MULTIPROCESSORS[90]
+    assert (deeper.stages > tile.stages) is alone
+    assert deeper.stages <= MOST_STAGES
+    assert deeper.shared_bytes(16) + STATIC_BYTES <= SHARED_BYTES[90]
+    for other in (replace(product, num_pairs=512), replace(product, num_features=32000)):
+        assert choose_tile(other).weight_rows > 64
+        assert choose_stages(other, choose_tile(other)) == choose_tile(other).stages
 
 
 def test_rows_are_permuted_where_the_tensor_cores_are_the_bound() -> None:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from lightmoe.core import ModelInfo, Request, SampledToken, SamplingParams, SamplingStep
+from lightmoe.core import (
+    ModelInfo,
+    OverflowRule,
+    Request,
+    SampledToken,
+    SamplingParams,
+    SamplingStep,
+)
 from lightmoe.engine.balance import RoutingRecorder, StepBalancer
 from lightmoe.engine.engine import Engine, SchedulerConfig
 from lightmoe.models.config import read_config
@@ -60,17 +68,10 @@ def new_config(
     )
 
 
-@contextmanager
-def running_engine(
-    config: WorkerConfig,
-    max_num_seqs: int,
-    max_num_batched_tokens: int,
-    new_balancer: Callable[[LocalWorkerGroup], StepBalancer] | None = None,
-    recorder: RoutingRecorder | None = None,
-) -> Iterator[Engine]:
-    """A started engine over LocalWorkerGroup, closed at the end."""
+def info_of(config: WorkerConfig) -> ModelInfo:
+    """What an engine must know of the model."""
     model = config.model
-    info = ModelInfo(
+    return ModelInfo(
         name="test",
         folder=str(config.folder),
         architecture=model.architecture,
@@ -81,6 +82,19 @@ def running_engine(
         eos_token_ids=model.eos_token_ids,
         generation_defaults={},
     )
+
+
+@contextmanager
+def running_engine(
+    config: WorkerConfig,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    new_balancer: Callable[[LocalWorkerGroup], StepBalancer] | None = None,
+    recorder: RoutingRecorder | None = None,
+    overflow: OverflowRule | None = None,
+) -> Iterator[Engine]:
+    """A started engine over LocalWorkerGroup, closed at the end."""
+    info = replace(info_of(config), overflow=overflow)
     limits = SchedulerConfig(
         max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
     )

@@ -50,15 +50,19 @@ class Experts:
         output: Tensor | None = None,
         max_ctas: int | None = None,
     ) -> Tensor:
-        """The product of every pair: [R, D] -> [P, D], in the receipt's order.
+        """`up` and `down`: [R, D] -> [P, D]."""
+        inner = self.up(rows, receipt, max_ctas=max_ctas)
+        return self.down(inner, receipt, output=output, max_ctas=max_ctas)
 
-        Those that go where the receipt says are not returned: [0, D]. `output` is written and
-        returned where given; `max_ctas` bounds the multiprocessors.
+    def up(self, rows: Tensor, receipt: Receipt, *, max_ctas: int | None = None) -> Tensor:
+        """The first product of every pair: [R, D] -> [P, F], in the receipt's order.
+
+        `max_ctas` bounds the multiprocessors.
         """
         if not len(self._pool.blobs):
             # A rank without experts computes nothing, but takes part in the exchange.
-            return rows if output is None else output
-        inner = kernels.grouped_gemm(
+            return rows
+        return kernels.grouped_gemm(
             rows,
             self._pool.gate_up,
             receipt.groups,
@@ -67,7 +71,23 @@ class Experts:
             max_ctas=max_ctas,
             deterministic=self._deterministic,
             expected=receipt.expected,
-        )  # [P, F]
+        )
+
+    def down(
+        self,
+        inner: Tensor,
+        receipt: Receipt,
+        *,
+        output: Tensor | None = None,
+        max_ctas: int | None = None,
+    ) -> Tensor:
+        """The second product: [P, F] -> [P, D].
+
+        Results that go where the receipt says are not returned: [0, D]. `output` is written and
+        returned where given.
+        """
+        if not len(self._pool.blobs):
+            return inner if output is None else output
         return kernels.grouped_gemm(
             inner,
             self._pool.down,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from lightmoe.errors import UsageError
 
@@ -17,6 +18,13 @@ MARGIN = 0.05
 
 FEWEST_TOKENS = 256
 """Of the fullest rank; smaller steps are not cut: their stages are launches, and may be padded."""
+
+EXCHANGE_CTAS = 16
+"""Multiprocessors of an exchange that runs beside the experts."""
+
+UP_SHARE = 4 / 7
+"""Of the experts' multiprocessors, for the first product where the second of other tokens runs
+beside it: it has two thirds of the arithmetic, and the other writes to other ranks."""
 
 _CLOCK_SECONDS = 1e-6  # times below it are not told apart
 
@@ -37,13 +45,17 @@ class StageCost:
 class LayerCosts:
     """The stages that are cut into chunks, and the gate, which runs for the whole layer first.
 
-    Tokens are those of one rank. The gate's cost includes the exchange of the choice.
+    Tokens are those of one rank. `up` and `down` are the experts' products. The gate's cost
+    includes the exchange of the choice. `host` is what enqueuing the layer takes, by chunks instead
+    of tokens: the device cannot be faster.
     """
 
     dispatch: StageCost
-    experts: StageCost
+    up: StageCost
+    down: StageCost
     combine: StageCost
     gate: StageCost = StageCost(0.0, 0.0)
+    host: StageCost = StageCost(0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +75,8 @@ class ChunkChoice:
 class Overlap:
     """How a layer overlaps: how many chunks, and what the exchange leaves of the device.
 
+    `up_ctas` and `down_ctas` are what each product has where both run beside each other.
+
     | field | meaning |
     |---|---|
     | num_chunks | so many; None: what the costs say |
@@ -75,6 +89,17 @@ class Overlap:
     costs: LayerCosts | None = None
     halves_from: int | None = None
     expert_ctas: int | None = None
+
+    @property
+    def up_ctas(self) -> int | None:
+        """Multiprocessors of the first product."""
+        return None if self.expert_ctas is None else round(UP_SHARE * self.expert_ctas)
+
+    @property
+    def down_ctas(self) -> int | None:
+        """Multiprocessors of the second product."""
+        up = self.up_ctas
+        return None if up is None or self.expert_ctas is None else self.expert_ctas - up
 
     def cuts_in_two(self, num_tokens: int) -> bool:
         """Whether a step with so many tokens on the fullest rank runs as two halves."""
@@ -126,24 +151,21 @@ def choose_chunks(costs: LayerCosts, num_tokens: int, max_chunks: int = MAX_CHUN
 
 
 def pipeline_seconds(costs: LayerCosts, num_tokens: int, num_chunks: int) -> float:
-    """Time of a layer cut into chunks, with two buffer sets and one communication stream.
+    """Time of a layer cut into chunks: one stream exchanges, one has the ups, one the downs.
 
-    While chunk i is in the experts, the stream carries the combine of chunk i-1 and the dispatch of
-    chunk i+1, as one exchange that begins when the experts have done chunk i-1.
+    The exchange brings the rows of all chunks, then their results, each when its down is done. With
+    several chunks `up` is what it takes beside a down: the first has the device to itself.
     """
     sizes = _chunk_sizes(num_tokens, num_chunks)
-    stream_free = costs.gate.seconds(num_tokens) + costs.dispatch.seconds(sizes[0])
-    arrived, experts_free, left_buffers = stream_free, 0.0, 0.0
+    begin = costs.gate.seconds(num_tokens)
+    arrived = [begin + seconds for seconds in accumulate(map(costs.dispatch.seconds, sizes))]
+    up_free, down_free, exchange_free = 0.0, 0.0, arrived[-1]
     for index, size in enumerate(sizes):
-        experts_done = max(arrived, experts_free) + costs.experts.seconds(size)
-        stream_free = max(stream_free, left_buffers)
-        if index + 1 < num_chunks:
-            stream_free += costs.dispatch.seconds(sizes[index + 1])
-        if index:
-            stream_free += costs.combine.seconds(sizes[index - 1])
-        arrived = stream_free
-        experts_free = left_buffers = experts_done
-    return max(stream_free, experts_free) + costs.combine.seconds(sizes[-1])
+        share = UP_SHARE if index == 0 and num_chunks > 1 else 1.0
+        up_free = max(arrived[index], up_free) + share * costs.up.seconds(size)
+        down_free = max(up_free, down_free) + costs.down.seconds(size)
+        exchange_free = max(exchange_free, down_free) + costs.combine.seconds(size)
+    return max(exchange_free, costs.host.seconds(num_chunks))
 
 
 def _chunk_sizes(num_tokens: int, num_chunks: int) -> list[int]:

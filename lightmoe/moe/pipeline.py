@@ -1,8 +1,11 @@
 """The exchange of one chunk of tokens behind the experts of another.
 
-    exchange  dispatch 0 | dispatch 1 |  combine 0, dispatch 2 |  combine 1, dispatch 3 | ...
-    compute     (shared) | experts 0  |  experts 1             |  experts 2             | ...
+    exchange  rows 0 | rows 1 | rows 2 | ...  | results 0 | results 1 | ...
+    compute            up 0       | up 1      | up 2      | ...
+    beside                        | down 0    | down 1    | ...
 
+Where the second product writes its results to other ranks it waits for links, and the first product
+of the next chunk runs beside it. Without a stream beside both follow each other.
 The calls are those of a layer without overlap, so `num_chunks` never changes a bit of the answer.
 """
 
@@ -13,8 +16,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lightmoe.kernels.streams import on_stream
 from lightmoe.moe.dispatch import Dispatcher, Receipt
 from lightmoe.moe.experts import Experts
+from lightmoe.moe.overlap_model import Overlap
 from lightmoe.telemetry.trace import span
 
 SharedExpert = Callable[[Tensor], Tensor]
@@ -27,17 +32,15 @@ def run_layer(
     weights: Tensor,
     receipts: Sequence[Receipt],
     shared_expert: SharedExpert | None,
-    expert_ctas: int | None,
+    overlap: Overlap,
 ) -> Tensor:
     """Everything after the route: [T, D] -> [T, D].
 
-    Where there are several chunks on a GPU, `expert_ctas` bounds the experts' multiprocessors: the
+    Where there are several chunks on a GPU, `overlap` bounds the experts' multiprocessors: the
     exchange has the others.
     """
     if len(receipts) > 1 and dispatcher.stream is not None:
-        return _overlapped(
-            dispatcher, experts, hidden, weights, receipts, shared_expert, expert_ctas
-        )
+        return _overlapped(dispatcher, experts, hidden, weights, receipts, shared_expert, overlap)
     parts = []
     for chunk, receipt in enumerate(receipts):
         with span("dispatch", chunk=chunk):
@@ -59,44 +62,66 @@ def _overlapped(
     weights: Tensor,
     receipts: Sequence[Receipt],
     shared_expert: SharedExpert | None,
-    expert_ctas: int | None,
+    overlap: Overlap,
 ) -> Tensor:
-    """On two streams. They are joined before this returns, so what it frees is in nobody's use."""
+    """On three streams, joined before this returns, so what it frees is in nobody's use."""
     compute, exchange = torch.cuda.current_stream(hidden.device), dispatcher.stream
     assert exchange is not None
+    beside = dispatcher.beside or compute
+    alone, cut = overlap.expert_ctas, dispatcher.beside is not None
+    at_once, last = dispatcher.exchanges_at_once, len(receipts) - 1
+    arriving: list[tuple[Tensor, torch.cuda.Event]] = []
     parts: list[Tensor] = []
     done, pairs = compute.record_event(), hidden  # of the chunk before
+
+    def dispatch(chunk: int) -> None:
+        with span("dispatch", chunk=chunk):
+            rows = dispatcher.dispatch(hidden, receipts[chunk])
+        arriving.append((rows, exchange.record_event()))
+
+    def combine(chunk: int) -> None:
+        exchange.wait_event(done)
+        with span("combine", chunk=chunk):
+            parts.append(dispatcher.combine(pairs, weights, receipts[chunk]))
+
+    def exchange_both(chunk: int) -> None:
+        exchange.wait_event(done)
+        with span("exchange", chunk=chunk):
+            rows, part = dispatcher.exchange(
+                (hidden, receipts[chunk]), (pairs, weights, receipts[chunk - 2])
+            )
+        arriving.append((rows, exchange.record_event()))
+        parts.append(part)
+
     exchange.wait_stream(compute)
-    with torch.cuda.stream(exchange), span("dispatch", chunk=0):
-        arriving, arrived = dispatcher.dispatch(hidden, receipts[0]), exchange.record_event()
+    with on_stream(exchange, compute):
+        for chunk in range(2 if at_once else len(receipts)):
+            dispatch(chunk)
     added = None if shared_expert is None else shared_expert(hidden)
     for index, receipt in enumerate(receipts):
-        rows = arriving
-        compute.wait_event(arrived)
-        with torch.cuda.stream(exchange):
-            if index == 0:
-                with span("dispatch", chunk=1):
-                    arriving = dispatcher.dispatch(hidden, receipts[1])
-            else:
-                exchange.wait_event(done)
-                last = (pairs, weights, receipts[index - 1])
-                if index + 1 < len(receipts):
-                    with span("exchange", chunk=index + 1):
-                        arriving, part = dispatcher.exchange((hidden, receipts[index + 1]), last)
+        if index:
+            with on_stream(exchange, compute):
+                if at_once and index < last:
+                    exchange_both(index + 1)
                 else:
-                    with span("combine", chunk=index - 1):
-                        part = dispatcher.combine(*last)
-                parts.append(part)
-            arrived = exchange.record_event()
+                    combine(index - 1)
+        rows, arrived = arriving[index]
+        compute.wait_event(arrived)
         rows.record_stream(compute)
-        output = dispatcher.output_of(receipt)
         with span("experts", chunk=index):
-            pairs = experts(rows, receipt, output=output, max_ctas=expert_ctas)
+            up_ctas = overlap.up_ctas if cut and index else alone
+            inner = experts.up(rows, receipt, max_ctas=up_ctas)
+        if cut:
+            beside.wait_stream(compute)
+        with on_stream(beside, compute), span("experts", chunk=index):
+            down_ctas = overlap.down_ctas if cut and index < last else alone
+            output = dispatcher.output_of(receipt)
+            pairs = experts.down(inner, receipt, output=output, max_ctas=down_ctas)
+            done = beside.record_event()
+        inner.record_stream(beside)
         pairs.record_stream(exchange)
-        done = compute.record_event()
-    with torch.cuda.stream(exchange), span("combine", chunk=len(receipts) - 1):
-        exchange.wait_event(done)
-        parts.append(dispatcher.combine(pairs, weights, receipts[-1]))
+    with on_stream(exchange, compute):
+        combine(last)
     compute.wait_stream(exchange)
     for part in parts:
         part.record_stream(compute)

@@ -8,8 +8,8 @@ without the second: the time in which the rank only waits.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ def step_activities(trace: Trace) -> list[StepActivity]:
 def _activity(rank: int, step: int, records: Sequence[Record], *, on_device: bool) -> StepActivity:
     (whole, *_) = [record for record in records if record.kind == "span" and record.name == "step"]
     worked = [record for record in records if (record.kind != "span") == on_device]
+    if on_device:
+        worked = list(_in_turn(worked))
     moves = [record for record in worked if record.role == "communication"]
     return StepActivity(
         rank=rank,
@@ -88,6 +90,18 @@ def _activity(rank: int, step: int, records: Sequence[Record], *, on_device: boo
         combine=_times(one for one in moves if one.stage in ("combine", "exchange")),
         experts=_times(one for one in worked if "experts" in (one.stage, one.name)),
     )
+
+
+def _in_turn(kernels: Iterable[Record]) -> Iterator[Record]:
+    """The same without the time in which a kernel waits for the one before it on its stream.
+
+    Launched early (programmatic dependent launch), it is there before its turn.
+    """
+    free: dict[int, int] = {}
+    for one in sorted(kernels, key=lambda record: (record.start_ns, record.end_ns)):
+        begin = max(one.start_ns, free.get(one.track, one.start_ns))
+        free[one.track] = max(one.end_ns, begin)
+        yield one if begin == one.start_ns else replace(one, start_ns=min(begin, one.end_ns))
 
 
 def _times(records: Iterable[Record]) -> np.ndarray:

@@ -6,6 +6,7 @@ Every rank reckons with the times of the slowest, so all come to the same answer
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,18 +20,17 @@ from lightmoe.moe.dispatch import ExpertGroup
 from lightmoe.moe.dispatch.copy_engine import CopyEngineDispatcher, PeerLane
 from lightmoe.moe.layer import MoELayer
 from lightmoe.moe.overlap_model import (
+    EXCHANGE_CTAS,
     FEWEST_TOKENS,
     MARGIN,
     LayerCosts,
     Overlap,
+    StageCost,
     choose_chunks,
     fit,
     pipeline_seconds,
 )
-
-IDLE_MULTIPROCESSORS = 4
-"""Left to neither: a product's thread block that finds no multiprocessor starts when the exchange
-ends, and its share of the tiles is then late."""
+from lightmoe.moe.pipeline import run_layer
 
 HALVES_MARGIN = 0.15
 """Two halves must be predicted to save this share: products of half the rows are a little slower,
@@ -38,6 +38,7 @@ and a step with a prompt on few ranks has less to hide than these times say. Whe
 predicted, mixtral-8x7b on four H200, whole prefill steps took 4 % longer."""
 
 _NUM_SAMPLES = 5
+_HOST_CHUNKS = (1, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +61,24 @@ def choose_overlap(
     if wanted == "off":
         return Overlap(), "no overlap, as asked"
     if wanted == "halves":
-        expert_ctas = None if group.peers is None else _expert_ctas(group.peers)
+        device = decoder.moe_layers[0].gate.router_weight.device
+        expert_ctas = _expert_ctas(device, EXCHANGE_CTAS) if device.type == "cuda" else None
         return Overlap(halves_from=2, expert_ctas=expert_ctas), "two halves, as asked"
     lane, control = group.peers, group.communicator
     if lane is None or control is None:
         return Overlap(), "no overlap: this transport waits for the host"
     if max_tokens < 2 * FEWEST_TOKENS:
         return Overlap(), f"no overlap: steps have up to {max_tokens} tokens a rank"
-    expert_ctas = _expert_ctas(lane)
+    expert_ctas = _expert_ctas(lane.rows.device, lane.exchange_ctas)
     layer = decoder.moe_layers[0]
     stages = _time_stages(layer, group, lane, max_tokens, expert_ctas)
     return decide(stages, max_tokens, expert_ctas)
 
 
-def _expert_ctas(lane: PeerLane) -> int:
+def _expert_ctas(device: torch.device, exchange_ctas: int) -> int:
     """Multiprocessors that the exchange leaves to the experts."""
-    device = lane.rows.device
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(num_sms // 2, num_sms - lane.exchange_ctas - IDLE_MULTIPROCESSORS)
+    return max(num_sms // 2, num_sms - exchange_ctas)
 
 
 def decide(stages: Stages, max_tokens: int, expert_ctas: int) -> tuple[Overlap, str]:
@@ -105,13 +106,13 @@ def _limit(seconds: float) -> float:
 
 
 def _halves_seconds(stages: Stages, num_tokens: int) -> float:
-    """Time of a layer in two halves: the longer of what computes and what exchanges."""
+    """Time of a layer in two halves: the longest of what computes, writes and exchanges."""
     costs, half = stages.beside, num_tokens // 2
-    computing = costs.experts.seconds(half)
+    computing = costs.up.seconds(half)
     exchanging = (
         costs.gate.seconds(half) + costs.dispatch.seconds(half) + costs.combine.seconds(half)
     )
-    return 2 * max(computing, exchanging)
+    return 2 * max(computing, costs.down.seconds(half), exchanging, costs.host.seconds(1))
 
 
 def _doublings(largest: int) -> list[int]:
@@ -127,41 +128,73 @@ def _time_stages(
     sizes = (FEWEST_TOKENS, max_tokens)
     before = group.tokens_per_rank
     try:
-        alone = [_time(layer, group, lane, size, None) for size in sizes]
+        alone = [_time(layer, group, lane, size, Overlap()) for size in sizes]
         group.in_halves = True
-        beside = [_time(layer, group, lane, size, expert_ctas) for size in sizes]
+        cut = Overlap(expert_ctas=expert_ctas)
+        beside = [_time(layer, group, lane, size, cut) for size in sizes]
+        host = [_time_host(layer, group, lane, chunks, cut) for chunks in _HOST_CHUNKS]
     finally:
         group.in_halves, group.tokens_per_rank = False, before
         lane.count_pairs()
-        lane.take_pairs()  # what was timed was nobody's
+        lane.move_pairs()  # what was timed was nobody's
         lane.take_bytes_sent()
-    return Stages(_fit(sizes, alone), _fit(sizes, beside))
+    enqueuing = fit(list(zip(_HOST_CHUNKS, host, strict=True)))
+    return Stages(_fit(sizes, alone, enqueuing), _fit(sizes, beside, enqueuing))
 
 
-def _fit(sizes: Sequence[int], times: Sequence[Sequence[float]]) -> LayerCosts:
-    gate, dispatch, experts, combine = (
+def _fit(
+    sizes: Sequence[int], times: Sequence[Sequence[float]], enqueuing: StageCost
+) -> LayerCosts:
+    gate, dispatch, up, down, combine = (
         fit(list(zip(sizes, stage, strict=True))) for stage in zip(*times, strict=True)
     )
-    return LayerCosts(dispatch=dispatch, experts=experts, combine=combine, gate=gate)
+    return LayerCosts(dispatch, up, down, combine, gate, enqueuing)
 
 
 def _time(
-    layer: MoELayer, group: ExpertGroup, lane: PeerLane, num_tokens: int, max_ctas: int | None
+    layer: MoELayer, group: ExpertGroup, lane: PeerLane, num_tokens: int, overlap: Overlap
 ) -> list[float]:
-    """Seconds of gate with the choice's exchange, dispatch, experts and combine: the slowest's."""
-    dispatcher, control = layer.dispatcher, group.communicator
+    """Seconds of gate with the choice's exchange, dispatch, up, down and combine: the slowest's."""
+    dispatcher = layer.dispatcher
     assert isinstance(dispatcher, CopyEngineDispatcher)
-    assert control is not None
-    group.tokens_per_rank = (num_tokens,) * control.num_ranks
-    generator = torch.Generator(lane.rows.device).manual_seed(group.rank)
-    shape = (num_tokens, lane.rows.shape[1])
-    hidden = torch.randn(shape, generator=generator, dtype=lane.rows.dtype, device=lane.rows.device)
+    hidden = _any_hidden(group, lane, num_tokens)
     samples = []
     for _ in range(_NUM_SAMPLES + 1):
-        samples.append(_sample(layer, dispatcher, hidden, max_ctas))
+        samples.append(_sample(layer, dispatcher, hidden, overlap))
         lane.check()
-    mine = np.array([statistics.median(stage) for stage in zip(*samples[1:], strict=True)])
-    everyone = gather_bytes(control, mine.tobytes())
+    return _slowest(group, [statistics.median(stage) for stage in zip(*samples[1:], strict=True)])
+
+
+def _time_host(
+    layer: MoELayer, group: ExpertGroup, lane: PeerLane, num_chunks: int, overlap: Overlap
+) -> float:
+    """Seconds that enqueuing a layer in so many chunks takes: the slowest rank's."""
+    hidden = _any_hidden(group, lane, FEWEST_TOKENS)
+    samples = []
+    for _ in range(_NUM_SAMPLES + 1):
+        torch.cuda.synchronize(hidden.device)
+        started = time.perf_counter()
+        layer.dispatcher.publish(hidden)
+        choice = layer.gate(hidden)
+        receipts = layer.dispatcher.route(choice, num_chunks)
+        run_layer(layer.dispatcher, layer.experts, hidden, choice.weights, receipts, None, overlap)
+        samples.append(time.perf_counter() - started)
+        lane.check()
+    return _slowest(group, [statistics.median(samples[1:])])[0]
+
+
+def _any_hidden(group: ExpertGroup, lane: PeerLane, num_tokens: int) -> torch.Tensor:
+    """Hidden states [T, D] of a step with so many tokens on every rank."""
+    group.tokens_per_rank = (num_tokens,) * lane.layout.num_ranks
+    generator = torch.Generator(lane.rows.device).manual_seed(group.rank)
+    shape = (num_tokens, lane.rows.shape[1])
+    return torch.randn(shape, generator=generator, dtype=lane.rows.dtype, device=lane.rows.device)
+
+
+def _slowest(group: ExpertGroup, seconds: Sequence[float]) -> list[float]:
+    """The largest of all ranks' numbers, each."""
+    assert group.communicator is not None
+    everyone = gather_bytes(group.communicator, np.array(seconds).tobytes())
     slowest: list[float] = np.max([np.frombuffer(part) for part in everyone], axis=0).tolist()
     return slowest
 
@@ -170,9 +203,9 @@ def _sample(
     layer: MoELayer,
     dispatcher: CopyEngineDispatcher,
     hidden: torch.Tensor,
-    max_ctas: int | None,
+    overlap: Overlap,
 ) -> list[float]:
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(5)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(6)]
 
     marks[0].record()
     dispatcher.publish(hidden)
@@ -181,12 +214,14 @@ def _sample(
     marks[1].record()
     rows = dispatcher.dispatch(hidden, receipt)
     marks[2].record()
-    output = dispatcher.output_of(receipt)
-    pairs = layer.experts(rows, receipt, output=output, max_ctas=max_ctas)
+    inner = layer.experts.up(rows, receipt, max_ctas=overlap.up_ctas)
     marks[3].record()
-    dispatcher.combine(pairs, choice.weights, receipt)
+    output = dispatcher.output_of(receipt)
+    pairs = layer.experts.down(inner, receipt, output=output, max_ctas=overlap.down_ctas)
     marks[4].record()
-    marks[4].synchronize()
+    dispatcher.combine(pairs, choice.weights, receipt)
+    marks[5].record()
+    marks[5].synchronize()
     pairs_of_marks = zip(marks, marks[1:], strict=False)
     return [begin.elapsed_time(end) / 1e3 for begin, end in pairs_of_marks]
 

@@ -28,7 +28,7 @@ from lightmoe.moe.placement import Placement, initial_placement
 from lightmoe.quant.packing import ExpertLayout
 from tests.kernels.drivers import HERE
 from tests.kernels.route_cases import compile_host
-from tests.moe.cases import LayerWeights
+from tests.moe.cases import LayerWeights, poison_results
 from tests.moe.emulated_ranks import CPU, DTYPE, HostLibrary, on_threads, open_lanes
 
 NUM_RANKS, NUM_EXPERTS, PER_TOKEN, WIDTH, MAX_TOKENS = 3, 8, 3, 48, 23
@@ -120,7 +120,7 @@ def test_ranks_answer_as_the_bench_emulates(
         hidden = [hidden_of(rank, number) for rank, number in enumerate(tokens)]
         for lane in lanes:
             lane.rows.fill_(float("nan"))
-            lane.pairs.fill_(float("nan"))
+            poison_results(lane)
         for _, one in layers:
             one.tokens_per_rank = tokens
 

@@ -8,6 +8,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -146,6 +147,8 @@ class HostLibrary:
         self._run("run_sum", ctypes.byref(args), False, given["as_int8"])
 
     def _exchange_combine(self, **given: Any) -> None:
+        if not given["num_tokens"]:
+            return
         args = CombineArgs(
             _addresses(CombineArgs, "results", given["results"]),
             PlacesArgs(*given["places"]),
@@ -188,8 +191,9 @@ def open_lanes(layout: ArenaLayout, road: Road) -> list[PeerLane]:
         torch.full((layout.num_bytes,), 0xC7, dtype=torch.uint8) for _ in range(layout.num_ranks)
     ]
     kind = SummingLane if layout.summed else PeerLane
+    streams: Any = SimpleNamespace(stream=object(), beside=object())
     return [
-        kind(layout, Arenas(arenas, rank, road), rank, 1, DTYPE, CPU, 1.0, stream=object())
+        kind(layout, Arenas(arenas, rank, road), rank, 1, DTYPE, CPU, 1.0, like=streams)
         for rank in range(layout.num_ranks)
     ]
 

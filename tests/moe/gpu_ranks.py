@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from lightmoe.distributed.communicator import Communicator, Rendezvous
-from lightmoe.moe.dispatch.copy_engine import PeerLane
 
 _TIMEOUT_SECONDS = 200.0
 
@@ -62,10 +61,3 @@ def _rank(
         answers.put((rank, result, None))
     except BaseException:
         answers.put((rank, None, traceback.format_exc()))
-
-
-def poison_results(lane: PeerLane) -> None:
-    """Make whatever ranks gave this one no number, in any format."""
-    begin, size = (where["results"] for where in (lane.layout.offsets, lane.layout.sizes))
-    lane.memory.arena[begin:][:size].fill_(0xFF)
-    lane.own_results.view(torch.uint8).fill_(0xFF)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from moe.cases import LayerWeights, placement_of, random_copies
-from moe.gpu_ranks import poison_results, run_on_ranks
+from moe.cases import LayerWeights, placement_of, poison_results, random_copies
+from moe.gpu_ranks import run_on_ranks
 from torch import Tensor
 
 from lightmoe.distributed.communicator import Communicator

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from lightmoe.errors import UsageError
 from lightmoe.moe.overlap_model import (
     FEWEST_TOKENS,
     MARGIN,
+    UP_SHARE,
     LayerCosts,
     Overlap,
     StageCost,
@@ -20,21 +23,20 @@ from lightmoe.moe.overlap_model import (
 
 costs = st.builds(
     LayerCosts,
-    *[st.builds(StageCost, st.floats(0, 1e-3), st.floats(0, 1e-6)) for _ in range(4)],
+    *[st.builds(StageCost, st.floats(0, 1e-3), st.floats(0, 1e-6)) for _ in range(6)],
 )
-EVEN = LayerCosts(StageCost(1e-6, 1e-7), StageCost(2e-6, 3e-7), StageCost(1e-6, 1e-7))
+EVEN = LayerCosts(*(StageCost(1e-6, beta) for beta in (1e-7, 2e-7, 1e-7, 1e-7)))
 
 
 def makespan_of_tasks(layer: LayerCosts, num_tokens: int, num_chunks: int) -> float:
     """The same pipeline as a list of tasks with what each waits for."""
     base, larger = divmod(num_tokens, num_chunks)
     sizes = [base + (i < larger) for i in range(num_chunks)]
-    stream = ["d0"]
-    for i in range(num_chunks):
-        stream += [f"d{i + 1}"] * (i + 1 < num_chunks) + [f"c{i - 1}"] * (i > 0)
-    stream.append(f"c{num_chunks - 1}")
-    queues = {"stream": stream, "experts": [f"e{i}" for i in range(num_chunks)]}
-    kinds = {"d": layer.dispatch, "e": layer.experts, "c": layer.combine}
+    stream = [f"{kind}{i}" for kind in ("r", "c") for i in range(num_chunks)]
+    products = {kind: [f"{kind}{i}" for i in range(num_chunks)] for kind in ("u", "d")}
+    queues = {"stream": stream, **products}
+    kinds = {"r": layer.dispatch, "u": layer.up, "d": layer.down, "c": layer.combine}
+    needs = {"r": "", "u": "r", "d": "u", "c": "d"}
     done: dict[str, float] = {}
     free = dict.fromkeys(queues, layer.gate.seconds(num_tokens))
     while any(queues.values()):
@@ -42,15 +44,13 @@ def makespan_of_tasks(layer: LayerCosts, num_tokens: int, num_chunks: int) -> fl
             if not tasks:
                 continue
             kind, index = tasks[0][0], int(tasks[0][1:])
-            needs = {
-                "d": [f"e{index - 2}"] * (index > 1),
-                "e": [f"d{index}", *[f"c{index - 2}"] * (index > 1)],  # one exchange brings both
-                "c": [f"e{index}"],
-            }
-            if all(need in done for need in needs[kind]):
-                start = max([free[queue], *(done[need] for need in needs[kind])])
-                done[tasks.pop(0)] = free[queue] = start + kinds[kind].seconds(sizes[index])
-    return max(done.values())
+            need = [f"{needs[kind]}{index}"] if needs[kind] else []
+            if all(one in done for one in need):
+                seconds = kinds[kind].seconds(sizes[index])
+                seconds *= UP_SHARE if (tasks[0] == "u0" and num_chunks > 1) else 1
+                start = max([free[queue], *(done[one] for one in need)])
+                done[tasks.pop(0)] = free[queue] = start + seconds
+    return max(*done.values(), layer.host.seconds(num_chunks))
 
 
 @given(costs, st.integers(1, 4096), st.integers(1, 8))
@@ -78,13 +78,14 @@ def test_no_other_count_is_better_and_overlap_pays_its_margin(
 
 def test_long_prompts_are_cut_and_decode_is_not() -> None:
     assert choose_chunks(EVEN, 8192).num_chunks == 8
-    decode = choose_chunks(EVEN, 8)
+    decode = choose_chunks(EVEN, 2)
     assert decode.num_chunks == 1
     assert "does not save 5%" in decode.reason
 
 
 def test_reading_the_weights_again_forbids_chunks() -> None:
-    memory_bound = LayerCosts(StageCost(1e-5, 1e-7), StageCost(1e-3, 1e-9), StageCost(1e-5, 1e-7))
+    read = StageCost(1e-3, 1e-9)
+    memory_bound = LayerCosts(StageCost(1e-5, 1e-7), read, read, StageCost(1e-5, 1e-7))
     assert choose_chunks(memory_bound, 1024).num_chunks == 1
 
 
@@ -94,7 +95,7 @@ def test_no_tokens_are_one_chunk() -> None:
 
 
 def test_the_gate_is_paid_once() -> None:
-    gated = LayerCosts(EVEN.dispatch, EVEN.experts, EVEN.combine, StageCost(1e-3, 0))
+    gated = dataclasses.replace(EVEN, gate=StageCost(1e-3, 0))
     for count in (1, 4):
         extra = pipeline_seconds(gated, 8192, count) - pipeline_seconds(EVEN, 8192, count)
         assert extra == pytest.approx(1e-3)
@@ -130,6 +131,6 @@ def test_falling_and_steep_timings_end_at_the_bounds() -> None:
 def test_small_steps_are_not_cut_whatever_the_costs_say() -> None:
     """They may be padded, on some ranks by a graph that was recorded whole."""
     free = StageCost(0.0, 1e-6)
-    overlap = Overlap(num_chunks=None, costs=LayerCosts(free, free, free))
+    overlap = Overlap(num_chunks=None, costs=LayerCosts(free, free, free, free))
     assert overlap.chunks(FEWEST_TOKENS - 1) == 1
     assert overlap.chunks(FEWEST_TOKENS) > 1

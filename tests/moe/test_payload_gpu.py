@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from moe.cases import LayerWeights, placement_of, random_copies
-from moe.gpu_ranks import poison_results, run_on_ranks
+from moe.cases import LayerWeights, placement_of, poison_results, random_copies
+from moe.gpu_ranks import run_on_ranks
 from moe.test_copy_engine_gpu import EXPERT_WIDTH, MAX_TOKENS, NUM_EXPERTS, PER_TOKEN, WIDTH, Rank
 from torch import Tensor
 

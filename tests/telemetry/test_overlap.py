@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,8 @@ def test_communication_of_two_streams_at_once_counts_once() -> None:
         (
             record("step", 0, 100, kind="span"),
             record("ncclDevKernel_SendRecv", 10, 40, stage="dispatch"),
-            record("PtoP", 20, 60, kind="copy", stage="combine"),
-            record("gemm", 50, 70, stage="experts"),
+            record("PtoP", 20, 60, kind="copy", stage="combine", track=8),
+            record("gemm", 50, 70, stage="experts", track=9),
         )
     )
     found = overlap_of(trace)
@@ -70,6 +71,21 @@ def test_communication_of_two_streams_at_once_counts_once() -> None:
     assert found["exposed_share"] == pytest.approx(0.4)
     assert found["hidden_fraction"] == pytest.approx(0.2)
     assert found["experts_ms"] == pytest.approx(0.02)
+
+
+def test_a_kernel_that_is_there_before_its_turn_waits() -> None:
+    """Programmatic dependent launch: it starts when the one before it lets it, and waits."""
+    trace = Trace(
+        (
+            record("step", 0, 100, kind="span"),
+            record("exchange_pull", 0, 40, stage="dispatch"),
+            record("grouped_gemm_bf16", 5, 90, stage="experts"),
+            record("exchange_meet", 30, 60, stage="combine"),
+        )
+    )
+    found = overlap_of(trace)
+    assert found["compute_ms"] == pytest.approx(0.05)
+    assert found["exposed_comm_ms"] == pytest.approx(0.04)
 
 
 def test_one_group_of_both_ways_counts_as_dispatch_and_as_combine() -> None:
@@ -147,7 +163,7 @@ def test_shares_stay_within_their_bounds(kernels: list[Record]) -> None:
 @given(KERNELS, KERNELS)
 def test_more_compute_never_exposes_more(kernels: list[Record], more: list[Record]) -> None:
     step = record("step", 0, 1000, kind="span")
-    computing = [one for one in more if one.role == "compute"]
+    computing = [replace(one, track=8) for one in more if one.role == "compute"]
     alone = overlap_of(Trace((step, *kernels)))
     together = overlap_of(Trace((step, *kernels, *computing)))
     assert together["exposed_comm_ms"] <= alone["exposed_comm_ms"]

@@ -18,6 +18,7 @@ from lightmoe.distributed.communicator import Communicator, Exchanger
 from lightmoe.kernels import PairGroups
 from lightmoe.moe.gate import Choice, PairSort
 from lightmoe.moe.placement import Placement
+from lightmoe.moe.residency import Residency
 from lightmoe.moe.tables import PlacementTables
 from lightmoe.telemetry.trace import recording
 
@@ -69,11 +70,15 @@ class Dispatcher(Protocol):
     """Rows out to the ranks that hold the experts, results back. One a layer.
 
     `pair_sort` is how the gate may sort the pairs where none of them travels, else None. `stream`
-    is where a GPU's exchange may run beside the experts.
+    is where a GPU's exchange may run beside the experts, `beside` where their second product may
+    run beside what comes next: where it waits for links. With `exchanges_at_once` dispatch and
+    combine must not be under way at once, but as one `exchange`.
     """
 
     pair_sort: PairSort | None = None
     stream: torch.cuda.Stream | None = None
+    beside: torch.cuda.Stream | None = None
+    exchanges_at_once: bool = False
 
     def most_tokens(self, hidden: Tensor) -> int:
         """Tokens of the fullest rank in this step, [T, D] being this one's."""
@@ -116,7 +121,8 @@ class ExpertGroup:
     `communicator` is None for a rank alone; `nccl` is for what is on GPUs. `layer_pairs` [L]
     counts pairs computed here since it was last taken. Without `deterministic` the routing weights
     may be applied before the results travel. `bytes_sent` [W] is what this rank sent to each in a
-    step that is traced, rows and results; None where no transport counts it.
+    step that is traced, rows and results; None where no transport counts it. `residency` is there
+    where experts take turns in the slots: the placement's slots are then rows of the host's copy.
     """
 
     rank: int
@@ -132,6 +138,7 @@ class ExpertGroup:
     second_peers: PeerLane | None = None
     in_halves: bool = False
     bytes_sent: np.ndarray | None = None
+    residency: Residency | None = None
     _tables: PlacementTables | None = field(default=None, init=False, repr=False)
 
     @property

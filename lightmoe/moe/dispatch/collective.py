@@ -23,13 +23,17 @@ from lightmoe.telemetry.trace import span
 class CollectiveDispatcher(Dispatcher):
     """The transports with three all-to-alls a layer: choice, rows, results."""
 
+    exchanges_at_once = True
+
     def __init__(
         self,
         group: ExpertGroup,
+        layer: int,
         communicator: Exchanger,
         write_receipts: Callable[[Tensor, int], list[Receipt]],
     ) -> None:
         self._group = group
+        self._layer = layer
         self._communicator = communicator
         self._write_receipts = write_receipts
 
@@ -42,7 +46,13 @@ class CollectiveDispatcher(Dispatcher):
 
     def route(self, choice: Choice, num_chunks: int) -> list[Receipt]:
         """Exchange the choices of all ranks, then route each chunk by its own counts."""
-        return self._write_receipts(self._share(choice.experts), num_chunks)
+        everyone = self._share(choice.with_guess)
+        residency, num_chosen = self._group.residency, choice.experts.shape[1]
+        if residency is not None:
+            assert not self._group.in_halves, "one layer's experts at a time"
+            residency.enter(self._layer, everyone.cpu(), num_chosen)
+            everyone = everyone[:, :num_chosen].contiguous()
+        return self._write_receipts(everyone, num_chunks)
 
     def _share(self, experts: Tensor) -> Tensor:
         """Every rank's choice [N, K], by an all-to-all: gloo's all-gather is a ring, and slower."""

@@ -42,6 +42,7 @@ from lightmoe.moe.dispatch.base import (
     chunk_of,
 )
 from lightmoe.moe.gate import Choice
+from lightmoe.moe.overlap_model import EXCHANGE_CTAS
 from lightmoe.moe.route import route_for
 
 MAX_CHUNKS = 8
@@ -150,7 +151,8 @@ class ArenaLayout:
 class PeerLane:
     """One rank's end of the arenas: what all of its layers share. Calls come in layer order.
 
-    `exchange_ctas` thread blocks carry rows where experts run beside them, else as many as fit.
+    `exchange_ctas` thread blocks carry rows where experts run beside them, else as many as fit. The
+    streams are those of a lane that it is `like`.
     """
 
     def __init__(
@@ -162,14 +164,17 @@ class PeerLane:
         dtype: torch.dtype,
         device: torch.device,
         timeout_seconds: float,
-        exchange_ctas: int = 16,
-        stream: torch.cuda.Stream | None = None,
+        exchange_ctas: int = EXCHANGE_CTAS,
+        like: PeerLane | None = None,
     ) -> None:
         self.layout = layout
         self.exchange_ctas = exchange_ctas
         self.rank = rank
         self.memory = memory
-        self.stream = stream or torch.cuda.Stream(device, priority=-1)
+        self.stream: torch.cuda.Stream = (
+            like.stream if like else torch.cuda.Stream(device, priority=-1)
+        )
+        self.beside: torch.cuda.Stream = like.beside if like else torch.cuda.Stream(device)
         self._pairs_computed = torch.zeros(num_layers, dtype=torch.int32, device=device)
         self._noted: list[tuple[int, Tensor]] = []
         self._timeout_seconds = timeout_seconds
@@ -409,7 +414,7 @@ class CopyEngineDispatcher(Dispatcher):
     def __init__(
         self, group: ExpertGroup, layer: int, lane: PeerLane, tokens_per_tile: TokensPerTile
     ) -> None:
-        self.stream = lane.stream
+        self.stream, self.beside = lane.stream, lane.beside
         self._group = group
         self._layer = layer
         self._lane = lane

@@ -12,4 +12,4 @@ class GlooDispatcher(CollectiveDispatcher):
     """The transport of many ranks without GPUs."""
 
     def __init__(self, group: ExpertGroup, layer: int, communicator: Communicator) -> None:
-        super().__init__(group, communicator, HostReceiptWriter(group, layer))
+        super().__init__(group, layer, communicator, HostReceiptWriter(group, layer))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightmoe.kernels import PairGroups
 from lightmoe.moe.dispatch.base import ExpertGroup, Receipt, chunk_of
+from lightmoe.moe.dispatch.receipt import without_dropped
 from lightmoe.moe.route import pair_ranks
 
 
@@ -50,23 +51,27 @@ class HostReceiptWriter:
         return_order[by_slot] = np.arange(len(by_slot))
         self._group.layer_pairs[self._layer] += len(by_slot)
 
-        # What goes out: rows by destination rank, then token.
+        # What goes out: rows by destination rank, then token; the rank after the last is none.
         first = sum(sizes[:rank])
         mine = target[first : first + sizes[rank]]  # [T, K]
-        goes = np.zeros((num_ranks, len(mine)), dtype=bool)
+        goes = np.zeros((num_ranks + 1, len(mine)), dtype=bool)
         goes[mine, np.arange(len(mine))[:, None]] = True
+        goes = goes[:num_ranks]
         _, send_token = np.nonzero(goes)
         pair_index = np.empty(mine.size, dtype=np.int64)
         pair_index[np.argsort(mine.ravel(), kind="stable")] = np.arange(mine.size)
+        pairs_received = np.bincount(mine.ravel(), minlength=num_ranks + 1)[:num_ranks].tolist()
         return Receipt(
             tokens=spans[rank],
             pair_row=torch.from_numpy(row_of_token[token_here][by_slot]),
             groups=PairGroups.from_counts(slots.tolist(), pairs_per_slot.tolist()),
-            pair_index=torch.from_numpy(pair_index.reshape(mine.shape)),
+            pair_index=without_dropped(
+                torch.from_numpy(pair_index.reshape(mine.shape)), sum(pairs_received)
+            ),
             send_row=torch.from_numpy(send_token + spans[rank].start),
             rows_sent=goes.sum(axis=1).tolist(),
             rows_received=np.bincount(source[row_here], minlength=num_ranks).tolist(),
             return_order=torch.from_numpy(return_order),
             pairs_returned=np.bincount(source[token_here], minlength=num_ranks).tolist(),
-            pairs_received=np.bincount(mine.ravel(), minlength=num_ranks).tolist(),
+            pairs_received=pairs_received,
         )

@@ -17,7 +17,10 @@ from lightmoe.moe.gate import Choice, PairSort, SortedPairs
 
 
 class LocalDispatcher(Dispatcher):
-    """The transport of a single rank, on any device. It never waits for one."""
+    """The transport of a single rank, on any device.
+
+    It never waits for one, but where experts take turns in the slots.
+    """
 
     def __init__(
         self,
@@ -34,11 +37,14 @@ class LocalDispatcher(Dispatcher):
             lambda num_pairs: tokens_per_tile(num_pairs, len(slots)),
             weighted=not group.deterministic,
         )
-        self.pair_sort: PairSort | None = self._sort
+        # Slots are known once experts are in them, and that is after the gate.
+        self.pair_sort: PairSort | None = self._sort if group.residency is None else None
 
     def route(self, choice: Choice, num_chunks: int) -> list[Receipt]:
         """The pairs of each chunk, sorted by expert."""
-        num_tokens = len(choice.experts)
+        num_tokens, num_chosen = choice.experts.shape
+        if self._group.residency is not None:
+            self._group.residency.enter(self._layer, choice.with_guess.cpu(), num_chosen)
         if choice.pairs is not None:
             assert num_chunks == 1, "pairs that the gate sorted are those of all tokens"
             return [self._receipt(choice.pairs, slice(0, num_tokens))]

@@ -26,5 +26,6 @@ class NcclDispatcher(CollectiveDispatcher):
         tokens_per_tile: TokensPerTile,
         communicator: Exchanger,
     ) -> None:
-        super().__init__(group, communicator, ReceiptWriter(group, layer, device, tokens_per_tile))
+        writer = ReceiptWriter(group, layer, device, tokens_per_tile)
+        super().__init__(group, layer, communicator, writer)
         self.stream = communicator.stream

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lightmoe import kernels
 from lightmoe.moe.dispatch.base import ExpertGroup, Receipt, TokensPerTile, chunk_of
@@ -150,25 +151,26 @@ class ReceiptWriter:
     def _targets(self, experts: Tensor, segments: Segments) -> Tensor:
         """The rank each pair goes to, [N, K]. Tokens of a segment fill an expert's copies in order.
 
-        Waits for the counts [C, W, E] where an expert has more than one copy.
+        Waits for the counts [C, W, E] where an expert has more than one copy. Expert -1, counted as
+        one more before the first, goes to no rank, which is the one after the last.
         """
         copies = self._tables.copies[self._layer]
-        copy_ranks = self._tables.copy_ranks[self._layer]
         most_copies = max(map(len, copies))
+        num_ranks = len(self._group.tokens_per_rank)
+        copy_ranks = self._tables.copy_ranks[self._layer, :, :most_copies]
+        copy_ranks = pad(copy_ranks, (0, 0, 1, 0), value=num_ranks).long()
         if most_copies == 1:
-            return copy_ranks[:, 0].long().index_select(0, experts.flatten()).view_as(experts)
-        num_segments, num_experts = len(segments.starts) - 1, len(copies)
-        key = (segments.of_token[:, None] * num_experts + experts).flatten()
+            return copy_ranks[:, 0].index_select(0, experts.flatten() + 1).view_as(experts)
+        num_segments, num_experts = len(segments.starts) - 1, len(copies) + 1
+        key = (segments.of_token[:, None] * num_experts + (experts + 1)).flatten()
         counts = key.new_zeros(num_segments * num_experts)
         counts.index_add_(0, key, key.new_ones(1).expand(len(key)))
-        num_ranks = len(self._group.tokens_per_rank)
-        assigned = np.stack(
-            [
-                split_over_copies(chunk, copies, self._group.route)
-                for chunk in counts.view(-1, num_ranks, num_experts).cpu().numpy()
-            ]
-        )
-        ranks = copy_ranks[:, :most_copies].long().expand(num_segments, -1, -1)
+        by_chunk = counts.view(-1, num_ranks, num_experts).cpu().numpy()
+        assigned = np.zeros((*by_chunk.shape, most_copies), dtype=np.int64)
+        assigned[:, :, 0, 0] = by_chunk[:, :, 0]
+        for chunk, chosen in zip(assigned, by_chunk[:, :, 1:], strict=True):
+            chunk[:, 1:] = split_over_copies(chosen, copies, self._group.route)
+        ranks = copy_ranks.expand(num_segments, -1, -1)
         in_order = ranks.flatten().repeat_interleave(
             torch.from_numpy(assigned.ravel()).to(key.device), output_size=len(key)
         )
@@ -190,6 +192,7 @@ class ReceiptWriter:
         mine = slice(segments.starts[segment], segments.starts[segment + 1])
         rows_sent = traffic.rows[chunk, rank].tolist()
         send_token = _true(traffic.goes[:, mine].reshape(-1), sum(rows_sent))
+        pairs_received = traffic.pairs[chunk, rank].tolist()
         # Groups of experts that are elsewhere are empty, and no reason for smaller tiles.
         expected = max(1, len(expert)), max(1, self._num_held())
         groups, order, place = self._groups(expert, expected)
@@ -199,13 +202,13 @@ class ReceiptWriter:
             pair_row=row.index_select(0, order) - int(traffic.first_row[chunk, rank]),
             groups=groups,
             expected=expected,
-            pair_index=places[span],
+            pair_index=without_dropped(places[span], sum(pairs_received)),
             send_row=(send_token % max(1, span.stop - span.start) + span.start).int(),
             rows_sent=rows_sent,
             rows_received=traffic.rows[chunk, :, rank].tolist(),
             return_order=place,
             pairs_returned=traffic.pairs[chunk, :, rank].tolist(),
-            pairs_received=traffic.pairs[chunk, rank].tolist(),
+            pairs_received=pairs_received,
         )
 
     def _groups(
@@ -226,8 +229,9 @@ class ReceiptWriter:
 def _traffic(target: Tensor, segments: Segments) -> Traffic:
     """What follows from the targets [N, K]. Waits for the device."""
     num_tokens, num_ranks = len(target), len(segments.borders)
-    pairs = torch.zeros(num_ranks, num_tokens, dtype=torch.int32, device=target.device)
+    pairs = torch.zeros(num_ranks + 1, num_tokens, dtype=torch.int32, device=target.device)
     pairs.scatter_add_(0, target.t(), pairs.new_ones(1).expand(target.t().shape))
+    pairs = pairs[:num_ranks]
     goes = pairs > 0
     # One scan over pairs and rows of all ranks, and one copy to the host.
     both = torch.cat((pairs.flatten(), goes.flatten()))
@@ -256,6 +260,17 @@ def _places(target: Tensor, segments: Segments, rank: int) -> Tensor:
         return _rank_of_each(parts[0])
     by_chunk = torch.cat(parts) + segments.mine[0, :, None]
     return _rank_of_each(by_chunk) - (segments.mine[1, :, None] * target.shape[1]).int()
+
+
+def without_dropped(pair_index: Tensor, num_results: int) -> Tensor:
+    """Where results lie [T, K]; those of no pair come last, and do not exist.
+
+    A dropped pair weighs nothing, and reads a result of its own token: no other's infinity.
+    """
+    if pair_index.numel() == num_results:
+        return pair_index
+    own = pair_index.amin(dim=1, keepdim=True)
+    return torch.where(pair_index < num_results, pair_index, own)
 
 
 def _rank_of_each(keys: Tensor) -> Tensor:

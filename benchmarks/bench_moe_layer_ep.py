@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +26,6 @@ PRINTED = (
     "tokens_per_rank",
     "chunks",
     "exchange_ctas",
-    "idle",
     "naive_ms",
     "gathered_ms",
     "compute_ms",
@@ -48,9 +46,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192])
     parser.add_argument("--road", choices=SETTINGS, default="ipc")
     parser.add_argument("--exchange-ctas", type=int, nargs="+", default=[4, 8, 12, 16])
-    parser.add_argument(
-        "--idle", type=int, nargs="+", default=[4], help="multiprocessors left to neither"
-    )
     parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--skip-naive", action="store_true")
     parser.add_argument("--commit", help="the commit that is measured, where git does not know")
@@ -107,16 +102,14 @@ def bench_shape(
         "limit_ms": limit_ms,
     }
     for chunks in options["chunks"]:
-        shares = itertools.product(options["exchange_ctas"], options["idle"])
-        for ctas, idle in shares if chunks > 1 else [(0, 0)]:
-            overlap = Overlap(num_chunks=chunks, expert_ctas=num_sms - ctas - idle)
+        for ctas in options["exchange_ctas"] if chunks > 1 else [0]:
+            overlap = Overlap(num_chunks=chunks, expert_ctas=num_sms - ctas)
             layer = own.layer(overlap, exchange_ctas=ctas)
             times = own.measure(lambda layer=layer: layer(hidden))
             ours_ms = times["median"]
             yield common | {
                 "chunks": chunks,
                 "exchange_ctas": ctas,
-                "idle": idle,
                 "ours_ms": ours_ms,
                 "ours_min_ms": times["min"],
                 "ours_max_ms": times["max"],

@@ -29,7 +29,8 @@ def main() -> None:
     def idle_step() -> float:
         time.sleep(0.01)  # the ranks are idle: asleep, not spinning
         started = time.perf_counter()
-        workers.step(batches)
+        workers.begin(batches)
+        workers.finish()
         return (time.perf_counter() - started) * 1e3
 
     try:

@@ -1,4 +1,7 @@
-"""Ranks as processes, one a card, with a MoE layer each: what the benches of the exchange share."""
+"""Ranks as processes, one a card, with a MoE layer each: what the benches of the exchange share.
+
+Without a card they are on the CPU, over gloo and in float32: to try a bench out.
+"""
 
 from __future__ import annotations
 
@@ -74,19 +77,30 @@ def _rank(
     body: Callable[..., Any],
     arguments: tuple[object, ...],
 ) -> None:
-    num_cards = torch.cuda.device_count()
-    if num_ranks > num_cards:
-        os.environ["NCCL_HOSTID"] = f"rank{rank}"
-    device = torch.device("cuda", rank * num_cards // num_ranks)
-    torch.cuda.set_device(device)
+    device = _device_of(rank, num_ranks)
     with torch.inference_mode():
         result = body(Communicator(rank, num_ranks, port, 120), device, *arguments)
     if rank == 0:
         answers.put(result)
 
 
+def _device_of(rank: int, num_ranks: int) -> torch.device:
+    num_cards = torch.cuda.device_count()
+    if not num_cards:
+        torch.set_num_threads(1)
+        return torch.device("cpu")
+    if num_ranks > num_cards:
+        os.environ["NCCL_HOSTID"] = f"rank{rank}"
+    device = torch.device("cuda", rank * num_cards // num_ranks)
+    torch.cuda.set_device(device)
+    return device
+
+
 class RankLayer:
-    """This rank's end of one layer over `copy_engine`, its weights made up."""
+    """This rank's end of one layer over `copy_engine`, its weights made up.
+
+    `num_slots` is for placements that need more slots than the first.
+    """
 
     def __init__(
         self,
@@ -97,19 +111,15 @@ class RankLayer:
         road: Road,
         placement: Placement | None = None,
         route: str = "waterfill",
+        num_slots: int | None = None,
     ) -> None:
         self.communicator, self.device, self.shape = communicator, device, shape
         num_ranks = communicator.num_ranks
-        arena = ArenaLayout(
-            num_ranks=num_ranks,
-            max_tokens=max_tokens,
-            num_experts=shape.num_experts,
-            num_experts_per_token=shape.per_token,
-            width=shape.width,
-            element_bytes=DTYPE.itemsize,
-        )
-        self.memory = PeerMemory(communicator, device, arena.num_bytes, road)
-        self.lane = PeerLane(arena, self.memory, communicator.rank, 1, DTYPE, device, 30.0)
+        self.dtype = DTYPE if device.type == "cuda" else torch.float32
+        self.memory: Any = None
+        self.lane: Any = None
+        if device.type == "cuda":
+            self._open_lane(max_tokens, road)
         self.placement = placement or initial_placement(1, shape.num_experts, num_ranks)
         self.group = ExpertGroup(
             rank=communicator.rank,
@@ -120,31 +130,52 @@ class RankLayer:
             peers=self.lane,
         )
         layout = ExpertLayout(shape.width, shape.expert_width)
-        num_slots = max(1, self.placement.num_slots(communicator.rank))
-        self.pool = SlotPool(num_slots, layout, DTYPE, device)
+        num_slots = num_slots or max(1, self.placement.num_slots(communicator.rank))
+        self.pool = SlotPool(num_slots, layout, self.dtype, device)
         torch.manual_seed(1)
-        self.router = torch.randn(shape.num_experts, shape.width, device=device, dtype=DTYPE)
+        self.router = torch.randn(shape.num_experts, shape.width, device=device, dtype=self.dtype)
         self.pool.blobs.normal_(0, 0.02)
         self.experts = Experts(self.pool)
         self.gate: Any = Gate(self.router, shape.per_token, renormalize=True)
         self.dispatcher = make_dispatcher(self.group, 0, device, self.experts.tokens_per_tile)
         self.load = LoadCounter(1, shape.num_experts, device)
 
+    def _open_lane(self, max_tokens: int, road: Road) -> None:
+        arena = ArenaLayout(
+            num_ranks=self.communicator.num_ranks,
+            max_tokens=max_tokens,
+            num_experts=self.shape.num_experts,
+            num_experts_per_token=self.shape.per_token,
+            width=self.shape.width,
+            element_bytes=self.dtype.itemsize,
+        )
+        self.memory = PeerMemory(self.communicator, self.device, arena.num_bytes, road)
+        rank, device = self.communicator.rank, self.device
+        self.lane = PeerLane(arena, self.memory, rank, 1, self.dtype, device, 30.0)
+
     def layer(self, overlap: Overlap | None = None, exchange_ctas: int = 0) -> MoELayer:
         """The layer with this overlap."""
-        self.lane.exchange_ctas = exchange_ctas
+        if self.lane is not None:
+            self.lane.exchange_ctas = exchange_ctas
         return MoELayer(0, self.gate, self.load, self.dispatcher, self.experts, overlap=overlap)
 
     def hidden(self, num_tokens: int) -> Tensor:
         """Random rows [T, D], this rank's own; every rank has as many."""
         self.group.tokens_per_rank = (num_tokens,) * self.communicator.num_ranks
         torch.manual_seed(100 + self.communicator.rank)
-        return torch.randn(num_tokens, self.shape.width, device=self.device, dtype=DTYPE)
+        return torch.randn(num_tokens, self.shape.width, device=self.device, dtype=self.dtype)
+
+    def close(self) -> None:
+        """Give the arenas back, on all ranks at once."""
+        self.barrier()
+        if self.memory is not None:
+            self.memory.close()
 
     def barrier(self) -> None:
         """Wait for all ranks and their cards."""
-        self.lane.count_pairs()
-        torch.cuda.synchronize(self.device)
+        if self.lane is not None:
+            self.lane.count_pairs()
+            torch.cuda.synchronize(self.device)
         gather_bytes(self.communicator, b"x")
 
     def slowest(self, seconds: float) -> float:
@@ -161,15 +192,24 @@ class RankLayer:
         samples = []
         for _ in range(num_samples):
             self.barrier()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(per_sample):
-                call()
-            end.record()
-            torch.cuda.synchronize(self.device)
-            self.lane.check()
-            samples.append(self.slowest(begin.elapsed_time(end) / per_sample))
+            samples.append(self.slowest(self._timed(call, per_sample)))
         return {"median": statistics.median(samples), "min": min(samples), "max": max(samples)}
+
+    def _timed(self, call: Callable[[], object], count: int) -> float:
+        """Milliseconds of one of so many calls here."""
+        if self.lane is None:
+            started = time.perf_counter()
+            for _ in range(count):
+                call()
+            return (time.perf_counter() - started) * 1e3 / count
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(count):
+            call()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        self.lane.check()
+        return float(begin.elapsed_time(end)) / count
 
     def graph_of(self, call: Callable[[], object], count: int) -> Callable[[], None]:
         """A replay of `count` calls as one CUDA graph."""

@@ -30,11 +30,14 @@ _HELP = {
     "dtype": "auto is float32 on a CPU, float16 on Turing, bfloat16 from Ampere on.",
     "spares": "Ranks that hold replicas only. Default: 2 from four ranks up.",
     "placement": "spare: homes and spares; spread: all ranks alike.",
-    "transport": "How rows travel between ranks; auto: gloo on CPUs, copy_engine on GPUs.",
+    "transport": "How rows travel between ranks; auto: gloo on CPUs, on GPUs as figures say.",
+    "topology": "Figures of this machine, TOML; auto: a file of topology/ with these very cards.",
     "overlap": "Exchange behind compute: auto times both and decides; off; halves: always in two.",
     "peer_memory": "Where copy_engine meets: auto takes the cards where they reach each other.",
     "payload": "Rows between ranks (copy_engine); int8: half the bytes, rounded; untested on GPUs.",
     "route": "How tokens are split over the replicas of an expert.",
+    "overflow": "Pairs over a rank's capacity go to the next-best expert, or go: tokens change.",
+    "capacity_factor": "The most that a rank gets of a layer with --overflow, over the mean load.",
     "load_format": "dummy makes weights up: config.json is enough, prompts are token ids.",
     "deterministic": "on: the same tokens whatever runs beside a request; off: faster on a GPU.",
     "max_model_len": "Tokens of prompt and answer together. Default: what the model says.",
@@ -51,6 +54,7 @@ _HELP = {
     "address": "A running Ray cluster. Default: a local one that ends with the launch.",
     "trace": "Record 16 early steps of all ranks into this folder, written at the end.",
     "free_slots": "Slots of a rank kept empty for experts on their way to it.",
+    "expert_slots": "Slots of a rank, the host has the rest. Default: for all; on GPUs what fits.",
     "rebalance_interval": "Steps between two plans of the balancer; 0 leaves experts in place.",
     "migration_bytes_per_step": "What a rank may send, and get, of moving experts beside one step.",
     "host_copy": "on: moving experts come from the node's host memory, not from other ranks.",
@@ -183,24 +187,62 @@ def chat(
 
 @app.command
 def heatmap(
+    trace: Path | None = None,
+    /,
     *,
     output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("load.png"),
-    url: str = "http://127.0.0.1:8000",
+    url: str | None = None,
     api_key: str | None = None,
+    gpus: int | None = None,
+    spares: int | None = None,
+    placement: Literal["spare", "spread"] | None = None,
+    slots_per_spare: int | None = None,
+    replica_slots: int | None = None,
+    replan_every: int | None = None,
 ) -> None:
-    """Draw the expert load of a running server.
+    """Draw the expert load of a running server, or of a recorded trace before and after balancing.
 
     Parameters
     ----------
+    trace
+        An .npz that launch --record-routing wrote; gpus and what follows are for it, as of replay.
     output
-        The file to write: .png, .npz or .json.
+        The file to write: .png, and for a server also .npz or .json.
+    url
+        The server. Default: http://127.0.0.1:8000.
     """
+    replayed = {
+        "gpus": gpus,
+        "spares": spares,
+        "placement": placement,
+        "slots_per_spare": slots_per_spare,
+        "replica_slots": replica_slots,
+        "replan_every": replan_every,
+    }
+    given = {name: value for name, value in replayed.items() if value is not None}
+    if trace is None:
+        if given:
+            flag = next(iter(given)).replace("_", "-")
+            raise UsageError(f"--{flag} is for a recorded trace; give its .npz, or leave it out")
+        _save_load(url or "http://127.0.0.1:8000", api_key, output)
+    else:
+        if url is not None:
+            raise UsageError(f"--url {url} and the trace {trace}; give one of the two")
+        from lightmoe.balancer.before_after import save_before_and_after
+        from lightmoe.balancer.replay_command import ReplayOptions
+
+        options: dict[str, Any] = {"gpus": 10, **given}
+        save_before_and_after(trace, ReplayOptions(**options), output)
+    print(output)
+
+
+def _save_load(url: str, api_key: str | None, output: Path) -> None:
+    """What a server has counted, as a file."""
     from lightmoe.client import Client
     from lightmoe.telemetry.heatmap import load_table_from_json, save
 
     with Client(url, api_key=api_key) as client:
         save(load_table_from_json(client.expert_load()), output)
-    print(output)
 
 
 @app.command
@@ -523,7 +565,7 @@ def simulate(
     routing_skew
         As of launch: uniform, or zipf:1.0.
     transport
-        How rows travel. Default: nccl between cards, gloo between CPU ranks.
+        How rows travel. Default: what launch would take, by the topology's figures.
     calibrate
         Measured layers (.json) to fit the free parameters to; prints how wrong the others are.
     json_output

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, Union, cast, get_args, get_origin, get_type_hints
 
 from lightmoe.errors import UsageError
 
@@ -25,6 +25,7 @@ PeerMemory = Literal["auto", "device", "host"]
 Payload = Literal["full", "int8"]
 OverlapStyle = Literal["auto", "off", "halves"]
 Route = Literal["waterfill", "even", "none"]
+Overflow = Literal["none", "redirect", "drop"]
 LoadFormat = Literal["auto", "dummy"]
 OnOff = Literal["on", "off"]
 
@@ -40,9 +41,11 @@ _INTEGER_BOUNDS: dict[str, tuple[int, int]] = {
     "seed": (0, 2**63 - 1),
     "port": (0, 65535),
     "free_slots": (0, 2**10),
+    "expert_slots": (1, 2**20),
     "rebalance_interval": (0, 2**31 - 1),
     "migration_bytes_per_step": (2**10, 2**32),
 }
+_NUMBER_BOUNDS: dict[str, tuple[float, float]] = {"capacity_factor": (1, 1000)}
 _BYTE_UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
     for power, prefix in enumerate("KMGT", start=1)
@@ -60,10 +63,13 @@ class LaunchConfig:
     | gpus | number of ranks: GPUs, or processes where the device is the CPU |
     | spares | ranks that hold replicas only; None: 2 from four ranks up, else 0 |
     | placement | "spare": homes and spares; "spread": all ranks alike |
+    | topology | the machine's figures: a file or its name; "auto": measured of these very cards |
     | peer_memory | where copy_engine's ranks meet: on the cards, or in pinned memory of the host |
     | overlap | "auto": as the stages, timed at the start, say; "halves": every larger step in two |
     | payload | rows as they are, or as int8 between copy_engine's ranks: half the bytes |
     | route | how tokens are split over the replicas of an expert |
+    | overflow | pairs beyond a rank's capacity, tokens change: to other experts, or dropped |
+    | capacity_factor | the capacity as a multiple of the mean load of a layer in a step |
     | deterministic | "on": a request's tokens depend on itself only, not on what runs beside it |
     | max_model_len | tokens of prompt and answer together; None: what the model says |
     | max_num_seqs, max_num_batched_tokens | per rank and step |
@@ -73,6 +79,7 @@ class LaunchConfig:
     | port | 0 takes any free one |
     | address | a running Ray cluster; None starts a local one that ends with the launch |
     | free_slots | slots that a rank keeps empty for experts on their way; one rank alone has none |
+    | expert_slots | slots of a rank for its experts, in turns; None: for all, on GPUs what fits |
     | rebalance_interval | steps between two plans; 0: the placement stays as it is |
     | migration_bytes_per_step | what a rank may send, and get, of experts beside one step |
     | host_copy | "on": experts that move come from the node's host memory, not from other ranks |
@@ -88,10 +95,13 @@ class LaunchConfig:
     spares: int | None = None
     placement: PlacementStyle = "spare"
     transport: Transport = "auto"
+    topology: str = "auto"
     peer_memory: PeerMemory = "auto"
     payload: Payload = "full"
     overlap: OverlapStyle = "auto"
     route: Route = "waterfill"
+    overflow: Overflow = "none"
+    capacity_factor: float = 1.25
     load_format: LoadFormat = "auto"
     deterministic: OnOff = "on"
     max_model_len: int | None = None
@@ -107,6 +117,7 @@ class LaunchConfig:
     api_key: str | None = field(default=None, repr=False)
     address: str | None = None
     free_slots: int = 1
+    expert_slots: int | None = None
     rebalance_interval: int = 256
     migration_bytes_per_step: int = 4 << 20
     host_copy: OnOff = "off"
@@ -118,6 +129,7 @@ class LaunchConfig:
         for name, kind in get_type_hints(type(self)).items():
             _check_value(name, getattr(self, name), kind)
         self._check_ranks()
+        self._check_overflow()
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise UsageError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) is below max_num_seqs "
@@ -139,7 +151,7 @@ class LaunchConfig:
                 f"spares ({self.num_spares}) leaves no home rank of gpus ({self.gpus}); "
                 f"at least one home rank is needed: give at most {self.gpus - 1} spares"
             )
-        if self.gpus > 1 and self.rebalance_interval and not self.free_slots:
+        if self.rebalances and not self.free_slots:
             raise UsageError(
                 "free_slots (0) leaves no slot for an expert on its way; give at least 1, or"
                 " rebalance_interval 0"
@@ -147,6 +159,12 @@ class LaunchConfig:
         if self.transport == "local" and self.gpus > 1:
             raise UsageError(
                 f"transport local joins one rank only and gpus is {self.gpus}; take auto or gloo"
+            )
+        if self.expert_slots is not None and self.host_tier_obstacle is not None:
+            flag, reason = self.host_tier_obstacle
+            raise UsageError(
+                f"expert_slots ({self.expert_slots}) and {flag} exclude each other, since {reason};"
+                " leave one out"
             )
         if self.payload == "int8" and self.deterministic == "on":
             raise UsageError(
@@ -158,13 +176,27 @@ class LaunchConfig:
         if self.oversubscribe and self.address is not None:
             raise UsageError("oversubscribe is for the GPUs of one machine; leave out address")
 
+    def _check_overflow(self) -> None:
+        if self.overflow == "none":
+            return
+        if self.deterministic == "on":
+            raise UsageError(
+                f"overflow {self.overflow} makes tokens depend on what else runs, and deterministic"
+                " is on; give deterministic off as well, or overflow none"
+            )
+        if self.overflow == "drop" and self.record_routing is not None:
+            raise UsageError(
+                "record_routing has as many experts for every token, and overflow drop leaves some"
+                " with fewer; leave one of the two out"
+            )
+
     @property
     def num_spares(self) -> int:
         """Ranks that hold replicas only: the last ones."""
         if self.placement == "spread":
             return 0
         if self.spares is None:
-            return 2 if self.gpus >= 4 else 0
+            return 2 if self.gpus >= 4 and self.expert_slots is None else 0
         return self.spares
 
     @property
@@ -175,12 +207,25 @@ class LaunchConfig:
     @property
     def num_free_slots(self) -> int:
         """Slots that every rank keeps empty."""
-        return self.free_slots if self.gpus > 1 else 0
+        return self.free_slots if self.gpus > 1 and self.expert_slots is None else 0
 
     @property
     def rebalances(self) -> bool:
-        """Whether a balancer runs: a rank alone has nothing to balance."""
-        return self.gpus > 1 and self.rebalance_interval > 0
+        """Whether a balancer runs: a rank alone, and slots with turns, have nothing to balance."""
+        return self.gpus > 1 and self.rebalance_interval > 0 and self.expert_slots is None
+
+    @property
+    def host_tier_obstacle(self) -> tuple[str, str] | None:
+        """What was asked for that keeps experts from living in the host's memory, and why."""
+        if self.spares:
+            return f"spares ({self.spares})", "spares hold replicas, and every slot is for a home"
+        if self.transport == "copy_engine":
+            return "transport copy_engine", "no host knows there which experts to fetch"
+        if self.overlap == "halves":
+            return "overlap halves", "one half's experts would displace the other's"
+        if self.host_copy == "on":
+            return "host_copy on", "that is for experts that move, and these stay at their homes"
+        return None
 
     @property
     def memory_limit_bytes(self) -> int | None:
@@ -290,6 +335,11 @@ def _check_value(name: str, value: object, kind: Any) -> None:
     elif kind is bool:
         if not isinstance(value, bool):
             raise UsageError(f"{name} is {value!r}; give true or false")
+    elif kind is float and name in _NUMBER_BOUNDS:
+        least, most = _NUMBER_BOUNDS[name]
+        number = not isinstance(value, bool) and isinstance(value, (int, float))
+        if not number or not least <= cast(float, value) <= most:
+            raise UsageError(f"{name} is {value!r}; give a number from {least} to {most}")
     elif kind is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
             raise UsageError(f"{name} is {value!r}; give a number above 0 and up to 1")

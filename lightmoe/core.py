@@ -6,8 +6,9 @@ Shapes: T tokens on this rank, E experts, K experts per token, L layers that hav
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -144,12 +145,17 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """What one step added to a request; `finish_reason` is set on its last output."""
+    """What one step added to a request; `finish_reason` is set on its last output.
+
+    `moved_pairs` (position, number), of tokens run since the last output: pairs that an
+    OverflowRule redirected or dropped. Where a position comes again, it was run again.
+    """
 
     request_id: str
     tokens: tuple[SampledToken, ...] = ()
     finish_reason: FinishReason | None = None
     error: LightMoEError | None = None
+    moved_pairs: tuple[tuple[int, int], ...] = ()
 
 
 OutputCallback = Callable[[RequestOutput], None]
@@ -180,10 +186,15 @@ class SamplingStep:
     banned_ids: tuple[int, ...] = ()
 
 
+UNKNOWN_TOKEN = -1
+"""In a plan: the token that the sequence gets in the step before, which its rank alone knows."""
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceStep:
     """One sequence's part of a step: run `token_ids` at positions start, start + 1, ...
 
+    The last of them may be UNKNOWN_TOKEN, where the plan was made ahead of the step before's end.
     `block_table` lists the KV blocks that hold positions 0 .. start + len(token_ids) - 1.
     `sampling` is None while the prompt is not finished.
     """
@@ -271,12 +282,82 @@ class Arrivals:
 
 
 @dataclass(frozen=True, slots=True)
+class OverflowRule:
+    """Pairs by which a rank passes `capacity_factor` x the mean load are redirected or dropped."""
+
+    mode: Literal["redirect", "drop"]
+    capacity_factor: float
+
+    def __str__(self) -> str:
+        return f"{self.mode} over {self.capacity_factor:g} x the mean load"
+
+
+@dataclass(frozen=True, slots=True)
+class StepOverflow:
+    """What an OverflowRule did in one step, on one rank.
+
+    `moved_pairs` int32 [T]: how many pairs of each of its own tokens did not go where the gate had
+    chosen, over all layers. `num_layers` counts the layers in which a rank passed its capacity,
+    `num_left` the pairs above it that nothing could be done about; both the same on all ranks.
+    """
+
+    moved_pairs: np.ndarray
+    num_layers: int
+    num_left: int
+
+
+@dataclass(frozen=True, slots=True)
+class OverflowReport:
+    """What an OverflowRule has done since the start: as StepOverflow, of all ranks and steps."""
+
+    rule: OverflowRule
+    num_moved_pairs: int = 0
+    num_layers: int = 0
+    num_left: int = 0
+
+    def plus(self, steps: Sequence[StepOverflow]) -> OverflowReport:
+        """With what all ranks said of one more step."""
+        moved = sum(int(step.moved_pairs.sum()) for step in steps)
+        layers, left = steps[0].num_layers, steps[0].num_left
+        return OverflowReport(
+            self.rule, self.num_moved_pairs + moved, self.num_layers + layers, self.num_left + left
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class HostTierCounts:
+    """Of experts that layers needed, where a rank's slots do not suffice for all of its experts.
+
+    An expert counts once a layer and step: a hit was in its slot when its layer began,
+    `num_prefetched` of the hits since they were fetched ahead of a first use; for a miss the
+    step waited, `waited_seconds` in all. `fetched_bytes` came from the host, guesses included.
+    """
+
+    num_hits: int = 0
+    num_misses: int = 0
+    num_prefetched: int = 0
+    fetched_bytes: int = 0
+    waited_seconds: float = 0.0
+
+    def __add__(self, other: HostTierCounts) -> HostTierCounts:
+        """The counts of both."""
+        return HostTierCounts(*map(operator.add, astuple(self), astuple(other)))
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits among what was needed; 1 where nothing was."""
+        needed = self.num_hits + self.num_misses
+        return self.num_hits / needed if needed else 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """What one rank returns from one step.
 
     `expert_tokens` [L, E] counts the (token, expert) pairs of this rank's own tokens;
     `layer_pairs` [L] counts the pairs that this rank's slots computed, for all ranks' tokens;
-    `routing` uint16 [T, L, K] has the experts of its own tokens where they are recorded.
+    `routing` uint16 [T, L, K] has the experts of its own tokens where they are recorded;
+    `overflow` what an OverflowRule did, and `host_tier` what the host tier did, where there is one.
     """
 
     rank: int
@@ -287,6 +368,8 @@ class StepResult:
     seconds: float = 0.0
     arrivals: Arrivals | None = None
     routing: np.ndarray | None = None
+    overflow: StepOverflow | None = None
+    host_tier: HostTierCounts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,6 +434,7 @@ class LoadReport:
     rank_seconds: list[float] = field(default_factory=list)
     route: str = ""
     balance: BalanceReport | None = None
+    overflow: OverflowReport | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -359,7 +443,8 @@ class ModelInfo:
 
     `num_layers` counts the layers that have experts. `generation_defaults` are the
     sampling fields of generation_config.json (temperature, top_p, top_k, ...) that hold where a
-    request says nothing. `routing_skew` says that the experts are not those that the gate chose.
+    request says nothing. `routing_skew` says that the experts are not those that the gate chose,
+    `overflow` that some may not be.
     """
 
     name: str
@@ -373,6 +458,7 @@ class ModelInfo:
     generation_defaults: dict[str, float]
     dummy_weights: bool = False
     routing_skew: str | None = None
+    overflow: OverflowRule | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -388,7 +474,10 @@ class RankStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """Counters since the start, and what runs at this moment."""
+    """Counters since the start, and what runs at this moment.
+
+    `host_tier` adds up all ranks; None where every expert has a slot.
+    """
 
     num_steps: int
     num_running: int
@@ -400,3 +489,4 @@ class EngineStats:
     uptime_seconds: float
     last_step_seconds: float
     ranks: tuple[RankStats, ...]
+    host_tier: HostTierCounts | None = None

@@ -23,7 +23,7 @@ from lightmoe.balancer.loop import Balancer
 from lightmoe.balancer.recorder import TraceRecorder
 from lightmoe.balancer.start import start_balancer
 from lightmoe.config import LaunchConfig, parse_skew
-from lightmoe.core import ModelInfo
+from lightmoe.core import HostTierCounts, ModelInfo, OverflowRule
 from lightmoe.engine.engine import Engine, SchedulerConfig
 from lightmoe.errors import CheckpointError, LightMoEError, MachineError, UsageError
 from lightmoe.machine import Driver, free_ram_bytes, port_holder, read_driver
@@ -34,11 +34,13 @@ from lightmoe.server.app import allowed_hosts_for, create_app
 from lightmoe.server.tokenizer import Tokenizer
 from lightmoe.telemetry.rank_recorder import TraceConfig
 from lightmoe.telemetry.trace_folder import finish_folder, prepare_folder
+from lightmoe.topology import Topology
 from lightmoe.worker.config import Payload, WorkerConfig
-from lightmoe.worker.devices import Devices, choose_devices, gpu_bytes_per_rank
+from lightmoe.worker.devices import choose_devices, gpu_bytes_per_rank
 from lightmoe.worker.ray_cluster import RayConfig
 from lightmoe.worker.ray_group import Progress, RayWorkerGroup
-from lightmoe.worker.sizing import Demand, Sizing, size_ranks
+from lightmoe.worker.sizing import Demand, Sizing, size_ranks, slots_that_fit
+from lightmoe.worker.transports import choose_carrier, read_launch_topology
 
 DRAIN_SECONDS = 1.5
 """Running requests get this long after Ctrl-C; then they end with an error event."""
@@ -51,7 +53,10 @@ _RANK_OVERHEAD_BYTES = 300 << 20  # a process with torch and Ray in it, measured
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """What `auto` became, and the sentence that says why; on GPUs the card of each rank."""
+    """What `auto` became, and the sentence that says why; on GPUs the card of each rank.
+
+    `carrier` says why rows travel by this transport. `topology` is None where nobody measured.
+    """
 
     device: str
     dtype: str
@@ -59,16 +64,24 @@ class Resolved:
     reason: str
     cards: tuple[int, ...] = ()
     payload: Payload = "full"
+    carrier: str = ""
+    peers_on_host: bool = False
+    topology: Topology | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """Ranks with their weights loaded, what they serve, and the line that says what was chosen."""
+    """Ranks with their weights loaded, what they serve, and the line that says what was chosen.
+
+    `config` is the launch's, with the slots of experts that do not all fit.
+    """
 
     group: RayWorkerGroup
     model: ModelInfo
     tokenizer: Tokenizer | None
     summary: str
+    config: LaunchConfig
+    topology: Topology | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,35 +103,19 @@ def resolve(config: LaunchConfig, driver: Driver) -> Resolved:
         dtype = "float32" if devices.device == "cpu" else halves
     if dtype == "bfloat16" and turing:
         raise UsageError(f"{driver.gpus[0].name} has no bfloat16; use --dtype float16")
+    topology = read_launch_topology(config, devices, driver)
+    carried = choose_carrier(config, devices, driver, topology, _ELEMENT_BYTES[dtype])
     resolved = Resolved(
         device=devices.device,
         dtype=dtype,
-        transport=_transport(config, devices),
+        transport=carried.transport,
         reason=devices.reason,
         cards=devices.cards,
+        carrier=carried.reason,
+        peers_on_host=carried.on_host,
+        topology=topology,
     )
     return replace(resolved, payload=_payload(config, resolved))
-
-
-def _transport(config: LaunchConfig, devices: Devices) -> str:
-    """What carries the rows; UsageError where the wish does not fit."""
-    fitting: tuple[str, ...]
-    if config.gpus == 1:
-        fitting, what = ("local",), "one rank"
-    elif devices.device == "cpu":
-        fitting, what = ("gloo",), f"{config.gpus} ranks on the CPU"
-    elif config.address is not None:
-        fitting, what = ("nccl",), f"{config.gpus} ranks on the GPUs of a cluster"
-    else:
-        fitting, what = ("copy_engine", "nccl"), f"{config.gpus} ranks on GPUs"
-    if config.transport == "auto":
-        return fitting[0]
-    if config.transport not in fitting:
-        raise UsageError(
-            f"transport {config.transport} does not fit {what} ({devices.reason});"
-            f" take auto or {' or '.join(fitting)}"
-        )
-    return config.transport
 
 
 def kernels_for(resolved: Resolved, driver: Driver) -> str:
@@ -148,7 +145,7 @@ def start_engine(config: LaunchConfig, progress: Progress) -> Launched:
         started.group,
         limits,
         route=config.route,
-        balancer=_start_balancer(config, started.group),
+        balancer=_start_balancer(started.config, started.group, started.topology),
         recorder=recorder,
     )
     engine.start()
@@ -159,7 +156,9 @@ def _trace_config(config: LaunchConfig) -> TraceConfig | None:
     return None if config.trace is None else TraceConfig(folder=prepare_folder(Path(config.trace)))
 
 
-def _start_balancer(config: LaunchConfig, group: RayWorkerGroup) -> Balancer | None:
+def _start_balancer(
+    config: LaunchConfig, group: RayWorkerGroup, topology: Topology | None
+) -> Balancer | None:
     if not config.rebalances:
         return None
     return start_balancer(
@@ -169,6 +168,7 @@ def _start_balancer(config: LaunchConfig, group: RayWorkerGroup) -> Balancer | N
         bytes_per_step=config.migration_bytes_per_step,
         num_free_slots=config.num_free_slots,
         from_host=config.host_copy == "on",
+        topology=topology,
     )
 
 
@@ -200,9 +200,11 @@ def start_workers(
             f" {model.vocab_size}; they belong to different models"
         )
     driver = read_driver()
+    config = with_host_tier(config, model, driver)
     resolved = resolve(config, driver)
     kernels = kernels_for(resolved, driver)
     sizing = size_ranks(_demand(config, model, resolved, driver))
+    _check_host_memory(config, resolved, sizing)
     workers = RayWorkerGroup(
         WorkerConfig(
             model=model,
@@ -214,7 +216,7 @@ def start_workers(
             cards=() if config.address else resolved.cards,
             transport=resolved.transport,
             overlap=config.overlap,
-            peers_on_host=_meet_on_host(config, resolved, driver),
+            peers_on_host=resolved.peers_on_host,
             payload=resolved.payload,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
@@ -225,9 +227,11 @@ def start_workers(
             seed=config.seed,
             deterministic=config.deterministic == "on",
             num_free_slots=config.num_free_slots,
+            expert_slots=config.expert_slots,
             host_copy=config.host_copy == "on",
             max_recorded_tokens=config.max_num_batched_tokens if config.record_routing else 0,
             routing_skew=None if config.routing_skew is None else parse_skew(config.routing_skew),
+            overflow=_overflow_rule(config),
             trace=trace,
         ),
         RayConfig(
@@ -242,7 +246,40 @@ def start_workers(
         model=_model_info(config, folder, model, sizing),
         tokenizer=tokenizer,
         summary=_summary(config, resolved, kernels, sizing, workers.ranks[0].overlap),
+        config=config,
+        topology=resolved.topology,
     )
+
+
+def with_host_tier(config: LaunchConfig, model: ModelConfig, driver: Driver) -> LaunchConfig:
+    """With the slots that fit, where GPUs have no room for all experts and nothing forbids it."""
+    resolved = resolve(config, driver)
+    if config.expert_slots is not None or resolved.device == "cpu":
+        return config
+    try:
+        size_ranks(_demand(config, model, resolved, driver))
+    except MachineError as error:
+        if config.host_tier_obstacle is not None:
+            flag, _ = config.host_tier_obstacle
+            raise MachineError(f"{error}; without {flag} experts could live in the host") from error
+        tiered = replace(config, expert_slots=1)
+        slots = slots_that_fit(_demand(tiered, model, resolve(tiered, driver), driver))
+        if slots is None:
+            raise
+        return replace(config, expert_slots=slots)
+    return config
+
+
+def _check_host_memory(config: LaunchConfig, resolved: Resolved, sizing: Sizing) -> None:
+    """MachineError where this host cannot keep what does not fit its cards."""
+    if resolved.device == "cpu" or config.address is not None:
+        return
+    free = free_ram_bytes()
+    if free is not None and sizing.host_bytes > free * _USABLE_SHARE:
+        raise MachineError(
+            f"{sizing.host_bytes / 2**30:.1f} GiB of experts would live in the host's memory, of"
+            f" which {free / 2**30:.1f} GiB are free; use a smaller model, or more memory"
+        )
 
 
 def _demand(config: LaunchConfig, model: ModelConfig, resolved: Resolved, driver: Driver) -> Demand:
@@ -262,17 +299,8 @@ def _demand(config: LaunchConfig, model: ModelConfig, resolved: Resolved, driver
         max_num_seqs=config.max_num_seqs,
         on_cpu=resolved.device == "cpu",
         num_free_slots=config.num_free_slots,
+        expert_slots=config.expert_slots,
     )
-
-
-def _meet_on_host(config: LaunchConfig, resolved: Resolved, driver: Driver) -> bool:
-    """Whether copy_engine's ranks meet in the host's memory, not on the cards."""
-    if resolved.transport != "copy_engine" or config.peer_memory == "device":
-        return False
-    cards, reach = set(resolved.cards), set(driver.p2p_pairs)
-    pairs = ((a, b) for a in cards for b in cards if a < b)
-    alone = any((a, b) not in reach and (b, a) not in reach for a, b in pairs)
-    return alone or config.peer_memory == "host"
 
 
 def _payload(config: LaunchConfig, resolved: Resolved) -> Payload:
@@ -337,7 +365,25 @@ def _model_info(
         generation_defaults=generation_defaults(folder),
         dummy_weights=config.load_format == "dummy",
         routing_skew=config.routing_skew,
+        overflow=_overflow_rule(config),
     )
+
+
+def _overflow_rule(config: LaunchConfig) -> OverflowRule | None:
+    if config.overflow == "none":
+        return None
+    return OverflowRule(config.overflow, float(config.capacity_factor))
+
+
+def _overflow_text(config: LaunchConfig, resolved: Resolved) -> str:
+    """What is lossy about it, and what it costs."""
+    rule = _overflow_rule(config)
+    if rule is None:
+        return ""
+    if config.gpus == 1:
+        return f"; overflow {rule}: never on one rank"
+    waits = " (the host decides in every layer: no CUDA graphs)"
+    return f"; OVERFLOW CHANGES TOKENS: {rule}" + (waits if resolved.device == "cuda" else "")
 
 
 def _summary(
@@ -347,14 +393,39 @@ def _summary(
     ranks = f"{config.gpus} ranks, all alike" if config.placement == "spread" else kinds
     slots = [sizing.placement.num_slots(rank) for rank in range(config.gpus)]
     return (
-        f"{resolved.device} ({resolved.reason}), {resolved.dtype}, transport {resolved.transport},"
-        f" route {config.route}, placement {config.placement}: {ranks},"
+        f"{resolved.device} ({resolved.reason}), {resolved.dtype}, transport {resolved.transport}"
+        + (f" ({resolved.carrier})" if resolved.carrier else "")
+        + f", route {config.route}, placement {config.placement}: {ranks},"
         f" {min(slots)}-{max(slots)} experts a rank; context {sizing.max_model_len},"
         f" KV cache {sizing.cache_bytes / 2**20:.0f} MiB a rank; kernels: {kernels},"
         f" deterministic {config.deterministic}"
         + (", payload int8 (untested among GPUs)" if resolved.payload == "int8" else "")
         + (f"; {overlap}" if overlap else "")
+        + _host_tier_text(sizing)
+        + _overflow_text(config, resolved)
         + (f"; ROUTING IS MADE UP: {config.routing_skew}" if config.routing_skew else "")
+    )
+
+
+def _host_tier_text(sizing: Sizing) -> str:
+    if not sizing.host_bytes:
+        return ""
+    held = [sizing.placement.num_slots(rank) for rank in range(sizing.placement.num_ranks)]
+    beyond = sum(max(0, count - sizing.num_slots) for count in held)
+    return (
+        f"; host tier: {sizing.num_slots} slots a rank, {beyond} of {sum(held)} experts live in the"
+        f" host beyond them ({sizing.host_bytes / 2**30:.2f} GiB with those in slots); no replicas,"
+        " no migration, no CUDA graphs"
+    )
+
+
+def host_tier_line(counts: HostTierCounts) -> str:
+    """What the host tier did, for the console."""
+    return (
+        f"host tier: {counts.hit_rate:.1%} of {counts.num_hits + counts.num_misses} experts were in"
+        f" their slots when needed ({counts.num_prefetched} fetched ahead);"
+        f" {counts.fetched_bytes / 2**30:.2f} GiB fetched, ranks waited"
+        f" {counts.waited_seconds:.2f} s in all"
     )
 
 
@@ -392,6 +463,9 @@ def serve(config: LaunchConfig, progress: Progress, announce: Callable[[str], No
             asyncio.run(_serve(config, launched, listener, announce, started))
         finally:
             launched.engine.close()
+        counts = launched.engine.stats().host_tier
+        if counts is not None:
+            announce(host_tier_line(counts))
         if launched.engine.failure is not None:
             raise launched.engine.failure
         if config.trace is not None:

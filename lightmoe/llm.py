@@ -44,7 +44,10 @@ class Logprob:
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One of the n answers to a prompt."""
+    """One of the n answers to a prompt.
+
+    `moved_pairs` counts by position in prompt and answer what `overflow` redirected or dropped.
+    """
 
     index: int
     text: str = ""
@@ -53,6 +56,7 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    moved_pairs: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -245,6 +249,8 @@ class _Generation:
     def take(self, index: int, event: RequestOutput) -> bool:
         """Add what a step brought; True when this answer is complete."""
         answer, stream = self.output.outputs[index], self._streams[index]
+        for position, number in event.moved_pairs:
+            answer.moved_pairs[position] = answer.moved_pairs.get(position, 0) + number
         for token in event.tokens:
             answer.token_ids.append(token.token_id)
             self._add_logprobs(answer, token)

@@ -14,11 +14,13 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import pynvml
 
 RAY_TOKEN = Path.home() / ".ray" / "auth_token"
 RAY_CURRENT_CLUSTER = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"
+Told = TypeVar("Told", int, str)
 _LISTENING = "0A"  # the state column of /proc/net/tcp
 # PCI Express Base Specification: extended capabilities from 0x100; that of Access Control Services
 _PCI_BRIDGE_CLASS = "0x0604"
@@ -31,7 +33,8 @@ _ACS_REDIRECT = 0x000C  # peer-to-peer requests and completions go up to the roo
 class Gpu:
     """One card as the driver names it; compute capability (7, 5) is sm_75.
 
-    `lanes` of its PCIe link are in use, `max_lanes` both ends have; 0 where nobody tells.
+    `lanes` of its PCIe link are in use, `max_lanes` both ends have; 0 where nobody tells. `bus_id`
+    is written as the driver does, and empty likewise.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Gpu:
     free_bytes: int
     lanes: int = 0
     max_lanes: int = 0
+    bus_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,8 +169,9 @@ def _read_gpu(index: int) -> Gpu:
         compute_capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
         memory_bytes=memory.total,
         free_bytes=memory.free,
-        lanes=_told(lambda: int(pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle))),
-        max_lanes=_told(lambda: int(pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle))),
+        lanes=_told(lambda: int(pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle)), 0),
+        max_lanes=_told(lambda: int(pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)), 0),
+        bus_id=_told(lambda: str(pynvml.nvmlDeviceGetPciInfo(handle).busId), ""),
     )
 
 
@@ -189,7 +194,7 @@ def _read_p2p_pairs(num_gpus: int) -> tuple[tuple[int, int], ...]:
     )
 
 
-def _told(call: Callable[[], int], otherwise: int = 0) -> int:
+def _told(call: Callable[[], Told], otherwise: Told) -> Told:
     """What the driver says, or `otherwise` where it does not tell, as in some containers."""
     try:
         return call()

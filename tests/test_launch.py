@@ -39,6 +39,7 @@ H100 = Driver(
     version="580.65.06",
     gpus=(Gpu(name="H100", compute_capability=(9, 0), memory_bytes=80 * GIB, free_bytes=80 * GIB),),
 )
+LOSSY: dict[str, object] = {"overflow": "redirect", "deterministic": "off"}
 
 
 def config(**values: object) -> LaunchConfig:
@@ -83,6 +84,7 @@ def torch_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         (TURING, {"gpus": 3, "address": "auto"}, "cuda", "float16", "nccl", "3 ranks on 3 GPUs"),
         (TURING, {"gpus": 11}, "cpu", "float32", "gloo", "10 GPU(s) found for 11 ranks"),
         (TURING, {"gpus": 4, "transport": "nccl"}, "cuda", "float16", "nccl", "4 ranks"),
+        (TURING, {"gpus": 4} | LOSSY, "cuda", "float16", "nccl", "4 ranks"),
         (H100, {"gpus": 10}, "cpu", "float32", "gloo", "1 GPU(s) found for 10 ranks"),
         (
             H100,
@@ -131,6 +133,12 @@ def test_auto_becomes_what_the_machine_has(
         (NO_GPU, {"gpus": 2, "transport": "nccl"}, UsageError, r"nccl .* CPU \(no GPU found\)"),
         (TURING, {"dtype": "bfloat16"}, UsageError, "2080 Ti has no bfloat16; use --dtype float16"),
         (NO_GPU, {"transport": "gloo"}, UsageError, "transport gloo does not fit one rank"),
+        (
+            TURING,
+            {"gpus": 2, "transport": "copy_engine"} | LOSSY,
+            UsageError,
+            "overflow redirect, which waits for the host .*; take auto or nccl",
+        ),
     ],
 )
 def test_a_wish_that_cannot_be_met_is_refused(

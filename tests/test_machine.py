@@ -68,6 +68,11 @@ class FakeNvml:
     NVML_P2P_STATUS_OK = pynvml.NVML_P2P_STATUS_OK
     NVML_P2P_STATUS_UNKNOWN = pynvml.NVML_P2P_STATUS_UNKNOWN
 
+    def nvmlDeviceGetPciInfo(self, handle: int) -> object:
+        if handle == 1:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return type("PciInfo", (), {"busId": "00000000:1B:00.0"})
+
     def nvmlDeviceGetCurrPcieLinkWidth(self, handle: int) -> int:
         return 8
 
@@ -94,6 +99,7 @@ def test_driver_and_cards(monkeypatch: pytest.MonkeyPatch) -> None:
             free_bytes=0,
             lanes=8,
             max_lanes=16,
+            bus_id="00000000:1B:00.0",
         ),
         Gpu(
             name="card 1",

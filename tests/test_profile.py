@@ -49,9 +49,12 @@ class WatchedGroup(LocalWorkerGroup):
         self.results: list[list[StepResult]] = []
         super().__init__(config)
 
-    def step(self, batches: Sequence[Batch]) -> list[StepResult]:
+    def begin(self, batches: Sequence[Batch]) -> None:
         self.batches.append(batches)
-        self.results.append(super().step(batches))
+        super().begin(batches)
+
+    def finish(self) -> list[StepResult]:
+        self.results.append(super().finish())
         return self.results[-1]
 
 
@@ -149,7 +152,8 @@ def test_ranks_say_how_many_bytes_they_sent_to_each(folder: Path, tmp_path: Path
 
     quiet = WatchedGroup(new_config(folder, 3))
     sequences = tuple(replace(part, sampling=None) for part in group.batches[0][0].sequences)
-    quiet.step([Batch(0, (18, 0, 0), sequences), Batch(0, (18, 0, 0)), Batch(0, (18, 0, 0))])
+    quiet.begin([Batch(0, (18, 0, 0), sequences), Batch(0, (18, 0, 0)), Batch(0, (18, 0, 0))])
+    quiet.finish()
     assert [worker._group.take_bytes_sent() for worker in quiet._workers] == [()] * 3
     quiet.close()
 

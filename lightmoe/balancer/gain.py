@@ -5,7 +5,7 @@ Shapes: L layers, E experts, W ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,13 +47,18 @@ class Gain:
 
 
 def max_over_mean(
-    load: np.ndarray, placement: Placement, route: str, pairs_per_step: int | None = None
+    load: np.ndarray,
+    placement: Placement,
+    route: str,
+    pairs_per_step: int | None = None,
+    rank_speeds: Sequence[float] | np.ndarray | None = None,
 ) -> float:
     """The fullest rank over the mean one, over all layers, if this load [L, E] came again.
 
     With `pairs_per_step` in steps of so many pairs a layer, drawn from the load: small steps are
     uneven by chance too. Layers follow each other and each waits for its fullest rank, so maxima
-    are summed over layers before they are divided.
+    are summed over layers before they are divided. A rank's load counts over its relative speed
+    [W], one where none are given.
     """
     copies = copy_table(placement.slot_table >= 0, placement.homes)
     shares = _shares(load)
@@ -65,7 +70,8 @@ def max_over_mean(
         counts, copies = drawn.reshape(-1, shares.shape[1]), np.tile(copies, (_NUM_DRAWS, 1, 1))
     ranks = _LOADS[route](counts, copies, placement.num_ranks)
     mean = ranks.mean(axis=1).sum()
-    return float(ranks.max(axis=1).sum() / mean) if mean else 1.0
+    fullest = (ranks if rank_speeds is None else ranks / np.asarray(rank_speeds)).max(axis=1).sum()
+    return float(fullest / mean) if mean else 1.0
 
 
 def _shares(load: np.ndarray) -> np.ndarray:
@@ -86,10 +92,12 @@ def predict(
     horizon_steps: int,
     expert_bytes: int,
     bytes_per_second: float,
+    rank_speeds: Sequence[float] | np.ndarray | None = None,
 ) -> Gain:
     """What going from one placement to another would bring, and take from the busiest rank."""
     before, after = (
-        max_over_mean(load, placement, route, pairs_per_step) for placement in (now, then)
+        max_over_mean(load, placement, route, pairs_per_step, rank_speeds)
+        for placement in (now, then)
     )
     new = (then.slot_table >= 0) & (now.slot_table < 0)
     bytes_in = int(new.sum(axis=(0, 1)).max(initial=0)) * expert_bytes

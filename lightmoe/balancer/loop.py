@@ -77,8 +77,12 @@ class _Proposal:
 
 @dataclass(slots=True)
 class _Measured:
-    """Steps since it was made: pairs of the fullest rank and of the mean one, all layers."""
+    """Steps since it was made: pairs of the fullest rank and of the mean one, all layers.
 
+    A rank's pairs count over its speed [W].
+    """
+
+    rank_speeds: np.ndarray
     most: float = 0.0
     mean: float = 0.0
     seconds: float = 0.0
@@ -87,7 +91,7 @@ class _Measured:
     def add(self, results: Sequence[StepResult]) -> None:
         """One step."""
         pairs = np.stack([result.layer_pairs for result in results])  # [W, L]
-        self.most += float(pairs.max(axis=0).sum())
+        self.most += float((pairs / self.rank_speeds[:, None]).max(axis=0).sum())
         self.mean += float(pairs.mean(axis=0).sum())
         self.seconds += max(result.seconds for result in results)
         self.num_steps += 1
@@ -99,7 +103,10 @@ class _Measured:
 
 
 class Balancer:
-    """A StepBalancer. `num_slots` [W] are the ranks' pools, free slots included."""
+    """A StepBalancer. `num_slots` [W] are the ranks' pools, free slots included.
+
+    `rank_speeds` [W] are relative, all alike where none are given.
+    """
 
     def __init__(
         self,
@@ -108,6 +115,7 @@ class Balancer:
         num_slots: Sequence[int],
         costs: Costs,
         interval_steps: int,
+        rank_speeds: Sequence[float] | None = None,
     ) -> None:
         self._plan = plan
         self._window = window
@@ -120,7 +128,9 @@ class Balancer:
         self._began: tuple[int, int] = (0, 0)  # epoch and step of the migration's begin
         self._waits_for_result = False
         self._realised_before = 1.0
-        self._measured = _Measured()
+        speeds = [1.0] * len(num_slots) if rank_speeds is None else rank_speeds
+        self._rank_speeds = np.asarray(speeds, dtype=np.float64)
+        self._measured = self._new_measured()
         self._next_transfer = 0
         self._num_migrations = 0
         self._num_moved = 0
@@ -197,7 +207,7 @@ class Balancer:
         """Every interval: say what the last migration brought, and ask for a plan."""
         if self._measured.num_steps < self._interval_steps:
             return
-        measured, self._measured = self._measured, _Measured()
+        measured, self._measured = self._measured, self._new_measured()
         if self._waits_for_result:
             self._waits_for_result = False
             assert self._gain is not None
@@ -249,7 +259,7 @@ class Balancer:
         self._next_transfer = self._migration.num_transfers
         self._migration = None
         self._num_migrations += 1
-        self._measured = _Measured()
+        self._measured = self._new_measured()
         self._waits_for_result = True
         first, begun = self._began
         self._say(
@@ -257,6 +267,9 @@ class Balancer:
             f"migration {self._num_migrations} is done: epochs {first + 1} to {epoch},"
             f" {self._num_steps - begun} steps",
         )
+
+    def _new_measured(self) -> _Measured:
+        return _Measured(self._rank_speeds)
 
     # The planner's thread.
 
@@ -289,6 +302,7 @@ class Balancer:
             horizon_steps=self._interval_steps,
             expert_bytes=self._costs.expert_bytes,
             bytes_per_second=task.bytes_per_second,
+            rank_speeds=self._rank_speeds,
         )
         if not gain.is_worth_it:
             return

@@ -71,7 +71,7 @@ class Migration:
         self._goal_homes = goal.homes
         self._wanted = goal.slot_table >= 0
         held = self._slots >= 0
-        self._num_live = held.sum(axis=2)
+        self._live = _pairs(held)
         self._missing = _pairs(self._wanted & ~held)
         self._leftover = _pairs(held & ~self._wanted)
         order = np.zeros(self._homes.shape) if load is None else -np.asarray(load, dtype=np.float64)
@@ -130,7 +130,7 @@ class Migration:
         for transfer in self._landed:
             pair, rank = (transfer.layer, transfer.expert), transfer.target_rank
             self._slots[*pair, rank] = transfer.target_slot
-            self._num_live[pair] += 1
+            self._live[pair].add(rank)
             yield self._change(pair, rank, is_home=self._goal_homes[pair] == rank)
             _discard(self._missing, pair, rank)
             leaving = sorted(self._leftover.get(pair, ()))
@@ -164,22 +164,21 @@ class Migration:
     def _drop(self, pair: tuple[int, int], rank: int) -> Iterator[SlotChange]:
         slot = int(self._slots[*pair, rank])
         self._slots[*pair, rank] = -1
-        self._num_live[pair] -= 1
+        self._live[pair].discard(rank)
         _discard(self._leftover, pair, rank)
         del self._leaving[rank][pair]
         heapq.heappush(self._free[rank], slot)
         if self._homes[pair] == rank:
-            others = np.flatnonzero(self._slots[pair] >= 0)
+            others = self._live[pair]
             goal = int(self._goal_homes[pair])
-            yield self._change(pair, goal if goal in others else int(others[0]), is_home=True)
+            yield self._change(pair, goal if goal in others else min(others), is_home=True)
         yield SlotChange(int(pair[0]), int(pair[1]), rank, -1)
 
     def _may_go(self, pair: tuple[int, int], rank: int) -> bool:
-        is_read = any(
+        return len(self._live[pair]) > 1 and not any(
             (one.layer, one.expert, one.source_rank) == (*pair, rank)
             for one in self._under_way.values()
         )
-        return bool(self._num_live[pair] > 1) and not is_read
 
     def _may_leave(self, rank: int) -> tuple[int, int] | None:
         """A copy on that rank which the goal does not have, and which may go now."""
@@ -188,15 +187,17 @@ class Migration:
     def _start_transfers(self) -> None:
         """As many as have ranks that are idle: one transfer to a rank, one from a rank."""
         targets = {transfer.target_rank for transfer in self._under_way.values()}
+        busy = {transfer.source_rank for transfer in self._under_way.values()}
         for rank, queue in enumerate(self._queues):
             if queue and self._free[rank] and rank not in targets:
-                self._start_one(rank, queue)
+                self._start_one(rank, queue, busy)
 
-    def _start_one(self, rank: int, queue: list[tuple[int, int]]) -> None:
-        """The hottest expert that has an idle source, to that rank."""
+    def _start_one(self, rank: int, queue: list[tuple[int, int]], busy: set[int]) -> None:
+        """The hottest expert that has a source which is not busy, to that rank."""
         for pair in queue:
-            source = self._source(pair)
+            source = self._source(pair, busy)
             if source is not None:
+                busy.add(source[0])
                 queue.remove(pair)
                 slot = heapq.heappop(self._free[rank])
                 transfer = Transfer(self._next_number, *pair, *source, rank, slot)
@@ -204,16 +205,16 @@ class Migration:
                 self._next_number += 1
                 return
 
-    def _source(self, pair: tuple[int, int]) -> tuple[int, int] | None:
+    def _source(self, pair: tuple[int, int], busy: set[int]) -> tuple[int, int] | None:
         """The host's copy, or a live one whose rank sends nothing else now; the home first."""
         if self._costs.from_host:
             return HOST_COPY, -1
-        busy = {transfer.source_rank for transfer in self._under_way.values()}
-        others = np.flatnonzero(self._slots[pair] >= 0).tolist()
-        for rank in (int(self._homes[pair]), *others):
-            if rank not in busy:
-                return rank, int(self._slots[*pair, rank])
-        return None
+        idle = self._live[pair] - busy
+        if not idle:
+            return None
+        home = int(self._homes[pair])
+        rank = home if home in idle else min(idle)
+        return rank, int(self._slots[*pair, rank])
 
     def _pieces(self) -> Iterator[Piece]:
         size = self._costs.expert_bytes

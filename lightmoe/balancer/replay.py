@@ -25,6 +25,9 @@ from lightmoe.balancer.trace import RoutingTrace
 from lightmoe.balancer.window import LoadWindow
 from lightmoe.moe.placement import Placement
 
+LoadsOfRoute = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+"""tokens [N, E], copies [N, E, C], number of ranks -> every rank's pairs [N, W]."""
+
 MaximumOfRoute = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 """tokens [N, E], copies [N, E, C], number of ranks -> the fullest rank's pairs [N]."""
 
@@ -118,6 +121,28 @@ def replay(
             waiting = []
     _route(waiting, ranks.num_ranks, result)
     return result
+
+
+def replay_loads(
+    trace: RoutingTrace,
+    ranks: Ranks,
+    loads_of: LoadsOfRoute,
+    replan_every: int = DEFAULT_REPLAN_EVERY,
+    *,
+    placement: Placement | None = None,
+) -> tuple[np.ndarray, Placement]:
+    """Every rank's pairs by one route, int64 [S, L, W], and the last placement; as `replay`."""
+    plans = Replay({}, np.zeros((trace.num_steps, trace.num_layers)))
+    parts, last = [], placement
+    for segment in _segments(trace, ranks, replan_every, placement, plans):
+        last = segment.placement
+        table = copy_table(last.slot_table >= 0, last.homes)
+        tokens = segment.counts.reshape(-1, trace.num_experts)
+        copies = np.tile(table, (len(segment.counts), 1, 1))
+        loads = loads_of(tokens, copies, ranks.num_ranks)
+        parts.append(loads.reshape(len(segment.counts), -1, ranks.num_ranks))
+    assert last is not None, "a trace has a step"
+    return np.concatenate(parts), last
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,11 @@ from lightmoe.balancer.pipeline_tasks import Calibration, LayerShape
 from lightmoe.balancer.simulate import UNCALIBRATED, Setup, Transport, simulate, summary
 from lightmoe.errors import UsageError
 from lightmoe.models.model_config import ModelConfig
+from lightmoe.moe.transport_model import ExchangeShape, choose_transport, ways_on
 from lightmoe.topology import Topology
+
+DECODE_TOKENS = 16
+"""Of a rank's decode step, where the transport is chosen: launch's --max-num-seqs."""
 
 # Bytes of a quantised weight: its bits, and a 16-bit scale for 128 weights.
 _WEIGHT_BYTES = {"int8": 1 + 2 / 128, "int4": 0.5 + 2 / 128}
@@ -41,26 +45,46 @@ class Question:
         return self.topology.device(0).kind == "cpu"
 
     @property
-    def chosen_transport(self) -> Transport:
-        """The transport that was asked for, or the plain one of the devices."""
-        return self.transport or ("gloo" if self.on_cpu else "nccl")
+    def chosen_transport(self) -> tuple[Transport, str]:
+        """The transport asked for, or what `launch --transport auto` takes; the same with why."""
+        if self.transport is not None:
+            return self.transport, f"{self.transport}, as asked"
+        assert self.model is not None, "nothing to simulate"
+        ways = ways_on(self.topology)
+        if len(ways) < 2:
+            only: Transport = "gloo" if self.on_cpu else "copy_engine"
+            return only, only
+        choice = choose_transport(
+            self.topology,
+            ways,
+            ExchangeShape(
+                num_experts=self.model.num_experts,
+                num_experts_per_token=self.model.num_experts_per_tok,
+                width=self.model.hidden_size,
+                element_bytes=4 if self.on_cpu else 2,
+            ),
+            prefill_tokens=self.tokens_per_rank,
+            decode_tokens=DECODE_TOKENS,
+        )
+        return choice.way.transport, f"{choice.way.label}: {choice.reason}"
 
 
 def answer(question: Question) -> tuple[list[str], dict[str, Any]]:
     """Lines to print, and the same as figures."""
     lines: list[str] = []
     figures: dict[str, Any] = {}
-    calibration = UNCALIBRATED[question.chosen_transport]
+    fitted = None
     if question.measured is not None:
         fitted = calibrate(read_rows(question.measured), question.topology)
         lines += calibration_lines(fitted)
         figures["calibration"] = calibration_figures(fitted)
-        calibration = _calibration_for(question, fitted)
     if question.model is not None:
-        setup = _setup(question, calibration)
+        transport, why = question.chosen_transport
+        setup = _setup(question, _calibration_for(transport, fitted))
         simulated = simulate(setup)
         lines += ["", *summary(setup, simulated)] if lines else summary(setup, simulated)
-        figures |= simulated.to_json()
+        lines.append(f"transport {why}")
+        figures |= {"transport": transport, **simulated.to_json()}
     elif question.measured is None:
         raise UsageError("nothing to simulate; give --model, or --calibrate RESULTS.json, or both")
     return lines, figures
@@ -89,15 +113,15 @@ def _setup(question: Question, calibration: Calibration) -> Setup:
     )
 
 
-def _calibration_for(question: Question, fitted: Calibrated) -> Calibration:
+def _calibration_for(transport: Transport, fitted: Calibrated | None) -> Calibration:
     """The parameters of the transport, of the first setting and mode that has any."""
-    for (_, transport, _), calibration in fitted.calibrations.items():
-        if transport == question.chosen_transport:
+    if fitted is None:
+        return UNCALIBRATED[transport]
+    for (_, measured, _), calibration in fitted.calibrations.items():
+        if measured == transport:
             return calibration
-    known = sorted({transport for _, transport, _ in fitted.calibrations})
-    raise UsageError(
-        f"no row was measured over {question.chosen_transport}; measured: {', '.join(known)}"
-    )
+    known = sorted({measured for _, measured, _ in fitted.calibrations})
+    raise UsageError(f"no row was measured over {transport}; measured: {', '.join(known)}")
 
 
 def calibration_lines(fitted: Calibrated) -> list[str]:

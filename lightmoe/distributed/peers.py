@@ -63,7 +63,7 @@ def gather_bytes(control: Communicator, mine: bytes) -> list[bytes]:
 def _open_on_cards(
     control: Communicator, num_bytes: int, close: contextlib.ExitStack
 ) -> tuple[list[int], Tensor]:
-    runtime = _cuda_runtime()
+    runtime = cuda_runtime()
     address = runtime.malloc(num_bytes)
     close.callback(runtime.free, address)
     runtime.memset(address, 0, num_bytes)
@@ -74,22 +74,27 @@ def _open_on_cards(
         if rank == control.rank:
             addresses.append(address)
             continue
-        try:
-            peer = runtime.ipcOpenMemHandle(handle)
-        except runtime.CUDARuntimeError as error:
-            raise MachineError(
-                f"rank {control.rank} cannot reach the memory of rank {rank} ({error});"
-                " use --transport nccl"
-            ) from error
+        peer = open_handle(handle, control.rank, rank)
         close.callback(runtime.ipcCloseMemHandle, peer)
         addresses.append(peer)
     return addresses, _device_bytes(address, num_bytes)
 
 
+def open_handle(handle: bytes, rank: int, owner: int) -> int:
+    """Where another rank's allocation is on this rank's card."""
+    runtime = cuda_runtime()
+    try:
+        return int(runtime.ipcOpenMemHandle(handle))
+    except runtime.CUDARuntimeError as error:
+        raise MachineError(
+            f"rank {rank} cannot reach the memory of rank {owner} ({error}); use --transport nccl"
+        ) from error
+
+
 def _open_on_host(
     control: Communicator, num_bytes: int, close: contextlib.ExitStack
 ) -> tuple[list[int], Tensor]:
-    runtime = _cuda_runtime()
+    runtime = cuda_runtime()
     path = _SHARED_FOLDER / f"lightmoe-{secrets.token_hex(8)}"
     close.callback(path.unlink, missing_ok=True)
     mine = _map_file(path, num_bytes, os.O_CREAT | os.O_EXCL | os.O_RDWR, close)
@@ -139,7 +144,8 @@ def _device_pointer(host_address: int) -> int:
     return host_address
 
 
-def _cuda_runtime() -> Any:
+def cuda_runtime() -> Any:
+    """cupy's CUDA runtime, or MachineError saying how to get it."""
     try:
         from cupy.cuda import runtime
     except ImportError as error:

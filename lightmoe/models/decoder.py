@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from lightmoe.moe.gate import Gate
 from lightmoe.moe.halves import InFlight
 from lightmoe.moe.layer import MoELayer
 from lightmoe.moe.load import LoadCounter
+from lightmoe.moe.overflow import Overflow
 from lightmoe.moe.overlap_model import Overlap
 from lightmoe.moe.skew import RoutingSkew
 from lightmoe.quant.packing import ExpertLayout
@@ -46,6 +48,7 @@ class Parts:
     pool: SlotPool
     deterministic: bool = True
     skew: RoutingSkew | None = None
+    overflow: Overflow | None = None
     overlap: Overlap = field(default_factory=Overlap)
 
     def linear(self, *names: str, swiglu: bool = False) -> Linear:
@@ -78,7 +81,11 @@ class Decoder:
             DecoderLayer(layer, parts, self.load) for layer in range(config.num_hidden_layers)
         ]
         self.overlap = parts.overlap
+        self.overflow = parts.overflow
         self.moe_layers = [layer.moe for layer in self._layers if layer.moe is not None]
+        if parts.group.residency is not None:
+            for moe, following in pairwise(self.moe_layers):
+                moe.next_gate = following.gate
         self._norm = parts.norm("model.norm.weight")
         head = self._embedding if config.tie_word_embeddings else parts.read("lm_head.weight")
         self._head = Linear(head, deterministic=parts.deterministic, output_float32=True)
@@ -206,7 +213,15 @@ def _moe(layer: int, prefix: str, parts: Parts, load: LoadCounter) -> MoELayer:
             parts.group, layer, parts.group.second_peers, experts.tokens_per_tile
         )
     return MoELayer(
-        layer, gate, load, dispatcher, experts, shared, parts.overlap, second_dispatcher=second
+        layer,
+        gate,
+        load,
+        dispatcher,
+        experts,
+        shared,
+        parts.overlap,
+        second_dispatcher=second,
+        overflow=parts.overflow,
     )
 
 

@@ -61,11 +61,23 @@ class PairSort:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """experts [T, K], best first; weights fp32 [T, K]; the pairs where the gate has sorted them."""
+    """experts [T, K], best first; weights fp32 [T, K]; the pairs where the gate has sorted them.
+
+    Expert -1, of weight 0, is none: that pair was dropped. Every token keeps one. `guessed` [T, K]
+    are the experts that the tokens may choose in the next layer, where one asks.
+    """
 
     experts: Tensor
     weights: Tensor
     pairs: SortedPairs | None = None
+    guessed: Tensor | None = None
+
+    @property
+    def with_guess(self) -> Tensor:
+        """experts, and where there are any also the guessed ones: [T, K] or [T, 2 K]."""
+        if self.guessed is None:
+            return self.experts
+        return torch.cat((self.experts, self.guessed), dim=1)
 
 
 class Gate:
@@ -91,6 +103,27 @@ class Gate:
             "num_groups_per_token": num_groups_per_token,
             "deterministic": deterministic,
         }
+
+    def ranking(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """[A, D] -> every expert [A, E], best first, and its score, as `weigh` takes it: fp32."""
+        router = self.router_weight
+        logits = kernels.matmul(hidden.to(router.dtype), router, output_float32=True)
+        return kernels.reference.topk_gate(
+            None,
+            None,
+            len(router),
+            logits=logits,
+            renormalize=False,
+            num_groups=self.how["num_groups"],
+            num_groups_per_token=self.how["num_groups_per_token"],
+        )
+
+    def weigh(self, scores: Tensor) -> Tensor:
+        """The weights of a token's experts from their scores [A, K], as the gate makes them."""
+        if self.how["renormalize"]:
+            scores = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+        scale: float = self.how["scale"]
+        return scores * scale
 
     def __call__(self, hidden: Tensor, sort: PairSort | None = None) -> Choice:
         """[T, D] -> the choice of each token; with `sort` also the sorted pairs, in one launch."""

@@ -9,14 +9,17 @@ Shapes: T tokens on this rank, D model width, K experts per token, R rows receiv
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from lightmoe.moe import halves
 from lightmoe.moe.dispatch import Dispatcher
 from lightmoe.moe.experts import Experts
-from lightmoe.moe.gate import Gate
+from lightmoe.moe.gate import Choice, Gate
 from lightmoe.moe.halves import InFlight
 from lightmoe.moe.load import LoadCounter
+from lightmoe.moe.overflow import Overflow
 from lightmoe.moe.overlap_model import Overlap
 from lightmoe.moe.pipeline import SharedExpert, run_layer
 from lightmoe.telemetry.trace import span
@@ -35,6 +38,7 @@ class MoELayer:
         shared_expert: SharedExpert | None = None,
         overlap: Overlap | None = None,
         second_dispatcher: Dispatcher | None = None,
+        overflow: Overflow | None = None,
     ) -> None:
         self.layer = layer
         self.gate = gate
@@ -43,7 +47,9 @@ class MoELayer:
         self.experts = experts
         self.shared_expert = shared_expert
         self.overlap = overlap or Overlap()
+        self.next_gate: Gate | None = None  # set where one wants to know what comes next
         self._halves = (dispatcher, second_dispatcher or dispatcher)
+        self.overflow = overflow
 
     def begin(self, hidden: Tensor, half: int) -> InFlight:
         """Send one half of a step, [T, D], on its way; `compute` and `finish` follow."""
@@ -52,11 +58,12 @@ class MoELayer:
         with span("gate", self.layer):
             choice = self.gate(hidden, dispatcher.pair_sort)
         self.load.add(self.layer, choice)
-        return halves.begin(dispatcher, hidden, choice)
+        choice = self._within_capacity(hidden, choice, half)
+        return halves.begin(dispatcher, hidden, choice, half)
 
     def compute(self, flight: InFlight) -> None:
         """The experts' part for one half."""
-        halves.compute(flight, self.experts, self.overlap.expert_ctas)
+        halves.compute(flight, self.experts, self.overlap)
 
     def finish(self, flight: InFlight) -> Tensor:
         """What the layer adds to one half's hidden states: [T, D]."""
@@ -70,6 +77,9 @@ class MoELayer:
         with span("gate", self.layer):
             choice = self.gate(hidden, sort)  # experts [T, K], weights [T, K]
         self.load.add(self.layer, choice)
+        choice = self._within_capacity(hidden, choice)
+        if self.next_gate is not None:
+            choice = replace(choice, guessed=self.next_gate(hidden).experts)
         with span("route", self.layer):
             receipts = self.dispatcher.route(choice, num_chunks)
         with span("pipeline", self.layer):
@@ -80,5 +90,13 @@ class MoELayer:
                 choice.weights,
                 receipts,
                 self.shared_expert,
-                self.overlap.expert_ctas,
+                self.overlap,
             )
+
+    def _within_capacity(self, hidden: Tensor, choice: Choice, half: int = 0) -> Choice:
+        """What is to run of the gate's choice, where ranks have a capacity."""
+        if self.overflow is None:
+            return choice
+        choice = self.overflow(self.layer, self.gate, hidden, choice, half)
+        self.load.keep(self.layer, choice)
+        return choice

@@ -23,17 +23,30 @@ class LoadCounter:
 
     def add(self, layer: int, choice: Choice) -> None:
         """Add one layer's choice."""
-        if self._recorded is not None:
-            kept = choice.experts[: self._recorded.shape[1]]  # a graph's step may be padded
-            self._recorded[layer, : len(kept)].copy_(kept)
+        self.keep(layer, choice)
         experts = choice.experts.flatten()
         # Not bincount, which waits for a GPU.
         ones = self._one.expand(len(experts)) if self.counted is None else self.counted
         self._counts[layer].index_add_(0, experts, ones)
 
+    def keep(self, layer: int, choice: Choice) -> None:
+        """Where choices are recorded, this is what runs.
+
+        What an overflow moves elsewhere is still counted as the gate chose it: from that the
+        balancer sees where copies are missing.
+        """
+        if self._recorded is not None:
+            kept = choice.experts[: self._recorded.shape[1]]  # a graph's step may be padded
+            self._recorded[layer, : len(kept)].copy_(kept)
+
     def take(self) -> np.ndarray:
         """The counts int32 [L, E] since the last call, which starts the next window."""
-        counts = self._counts.cpu().numpy().copy()
+        counts: np.ndarray = self.move().cpu().numpy()
+        return counts
+
+    def move(self) -> torch.Tensor:
+        """As `take`, but the counts stay on their device, and nothing waits for it."""
+        counts = self._counts.clone()
         self._counts.zero_()
         return counts
 

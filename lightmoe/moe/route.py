@@ -39,6 +39,8 @@ __all__ = [
     "Shares",
     "assign",
     "choose_objective",
+    "copy_of_each",
+    "copy_rank_table",
     "pair_ranks",
     "pour",
     "route_even",
@@ -63,7 +65,7 @@ def split_over_copies(
     if path is None:
         _say_that_it_is_slow()
         return assign(counts, copies, share_tokens(counts, copies, route, sweeps))
-    return host_route.assign(counts, _copy_ranks(tuple(map(tuple, copies))), route, sweeps, path)
+    return host_route.assign(counts, copy_rank_table(copies), route, sweeps, path)
 
 
 @functools.cache
@@ -72,9 +74,13 @@ def _say_that_it_is_slow() -> None:
     logger.warning("no compiled route here: numpy computes it, slower; %s", host_route.REMEDY)
 
 
+def copy_rank_table(copies: Copies) -> np.ndarray:
+    """int32 [E, C]: the ranks of each expert's copies, then -1."""
+    return _copy_ranks(tuple(map(tuple, copies)))
+
+
 @functools.lru_cache(maxsize=1024)
 def _copy_ranks(copies: tuple[tuple[int, ...], ...]) -> np.ndarray:
-    """int32 [E, C]: the ranks of each expert's copies, then -1."""
     width = max(map(len, copies))
     table = np.array([[*ranks, *[-1] * (width - len(ranks))] for ranks in copies], dtype=np.int32)
     table.flags.writeable = False
@@ -86,25 +92,39 @@ def pair_ranks(
 ) -> np.ndarray:
     """The rank each pair goes to: experts [T, K], source rank of each token [T] -> ranks [T, K].
 
-    Tokens of one source and expert take its copies in token order.
+    Tokens of one source and expert take its copies in token order. Expert -1 goes to no rank, which
+    is `num_ranks`.
     """
+    chosen = experts >= 0
+    if not chosen.all():
+        with_none = np.full(experts.shape, num_ranks)
+        sources = np.broadcast_to(token_ranks[:, None], experts.shape)[chosen]
+        pairs = experts[chosen][:, None]
+        with_none[chosen] = pair_ranks(pairs, sources, copies, num_ranks, route)[:, 0]
+        return with_none
     num_experts = len(copies)
     num_per_token = experts.shape[1]
     key = (token_ranks[:, None] * num_experts + experts).ravel()
     counts = np.bincount(key, minlength=num_ranks * num_experts).reshape(num_ranks, num_experts)
-    copy_ranks = _copy_ranks(tuple(map(tuple, copies))).astype(np.int64)
+    copy_ranks = copy_rank_table(copies).astype(np.int64)
     width = copy_ranks.shape[1]
     if width == 1 or not len(key):
         homes: np.ndarray = copy_ranks[experts, 0]
         return homes.reshape(-1, num_per_token)
-    borders = split_over_copies(counts, copies, route).reshape(-1, width).cumsum(axis=1)
+    assigned = split_over_copies(counts, copies, route).reshape(-1, width)
+    ranks: np.ndarray = copy_ranks[experts.ravel(), copy_of_each(key, assigned)]
+    return ranks.reshape(-1, num_per_token)
+
+
+def copy_of_each(key: np.ndarray, assigned: np.ndarray) -> np.ndarray:
+    """The copy each pair takes, those of one key in order: key [P], assigned [keys, C] -> [P]."""
+    borders = assigned.cumsum(axis=1)
     order = np.argsort(key, kind="stable")
-    starts = np.concatenate(([0], counts.ravel().cumsum()))
+    starts = np.concatenate(([0], borders[:, -1].cumsum()))
     position = np.empty_like(key)
     position[order] = np.arange(len(key)) - starts[key[order]]
-    copy = (position[:, None] >= borders[key]).sum(axis=1)
-    ranks: np.ndarray = copy_ranks[experts.ravel(), copy]
-    return ranks.reshape(-1, num_per_token)
+    copies: np.ndarray = (position[:, None] >= borders[key]).sum(axis=1)
+    return copies
 
 
 @dataclass(frozen=True)

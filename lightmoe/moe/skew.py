@@ -67,6 +67,17 @@ class SkewGate(Gate):
         weights = torch.full(shape, self._weight, dtype=torch.float32, device=hidden.device)
         return Choice(experts, weights, None if sort is None else sort(experts, weights))
 
+    def ranking(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """All experts by their weight in the draw, the likeliest first; all score alike."""
+        experts = self._orders[False].expand(len(hidden), -1)
+        scores = torch.full_like(experts, 1 / self._num_per_token, dtype=torch.float32)
+        return experts, scores
+
+    def weigh(self, scores: Tensor) -> Tensor:
+        """What is not dropped weighs as much as ever."""
+        scale: float = self.how["scale"]
+        return scores * scale
+
     def _hash(self, hidden: Tensor) -> Tensor:
         """int64 [T] below 2^DRAW_BITS."""
         bits = hidden[:, : len(self._multipliers)].view(

@@ -6,6 +6,8 @@ entries, and what runs before the change in stream order sees the old ones.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,7 +38,7 @@ class PlacementTables:
         rows = [self._row(layer, expert) for layer, expert in np.ndindex(num_layers, num_experts)]
         self.copy_ranks = torch.tensor(rows, dtype=torch.int32).to(device)
         self.copy_ranks = self.copy_ranks.view(num_layers, num_experts, num_ranks)
-        self.num_held = self._count_held()
+        self.num_held = [self._count_held(layer) for layer in range(num_layers)]
         slots = np.ascontiguousarray(placement.slot_table[:, :, rank])
         self.slots = torch.from_numpy(slots).to(device, copy=True)
 
@@ -44,34 +46,44 @@ class PlacementTables:
         ranks = self.copies[layer][expert]
         return [*ranks, *[-1] * (self.placement.num_ranks - len(ranks))]
 
-    def _count_held(self) -> list[int]:
-        held: list[int] = (self.placement.slot_table[:, :, self._rank] >= 0).sum(axis=1).tolist()
-        return held
+    def _count_held(self, layer: int) -> int:
+        return int(np.count_nonzero(self.placement.slot_table[layer, :, self._rank] >= 0))
 
     def adopt(self, placement: Placement) -> None:
         """Change the entries that differ, in place, without waiting for the device."""
         before, self.placement = self.placement, placement
-        moved = (placement.slot_table != before.slot_table).any(axis=2)
-        moved |= placement.homes != before.homes
-        layers, experts = np.nonzero(moved)
-        changed = list(zip(layers.tolist(), experts.tolist(), strict=True))
+        changed = _changed(before, placement)
         if not changed:
             return
+        entries = []
         for layer, expert in changed:
             copies = list(self.copies[layer])
             copies[expert] = placement.ranks_of(layer, expert)
             self.copies[layer] = tuple(copies)
-        self.num_held = self._count_held()
-        num_experts = placement.num_experts
-        flat = [layer * num_experts + expert for layer, expert in changed]
-        rows = [self._row(layer, expert) for layer, expert in changed]
-        slots = [int(placement.slot_table[*pair, self._rank]) for pair in changed]
-        place = self._send(torch.tensor(flat, dtype=torch.int64))
-        ranks = self._send(torch.tensor(rows, dtype=torch.int32))
-        self.copy_ranks.view(-1, placement.num_ranks).index_copy_(0, place, ranks)
-        self.slots.view(-1).index_copy_(0, place, self._send(torch.tensor(slots).int()))
+            slot = int(placement.slot_table[layer, expert, self._rank])
+            place = layer * placement.num_experts + expert
+            entries.append([place, slot, *self._row(layer, expert)])
+        for layer in {layer for layer, _ in changed}:
+            self.num_held[layer] = self._count_held(layer)
+        numbers = self._send(torch.tensor(entries))  # in one copy: a step waits behind this
+        places = numbers[:, 0]
+        self.slots.view(-1).index_copy_(0, places, numbers[:, 1].int())
+        copy_ranks = self.copy_ranks.view(-1, placement.num_ranks)
+        copy_ranks.index_copy_(0, places, numbers[:, 2:].int())
+
+    def put_slots(self, layer: int, slots: Sequence[int]) -> None:
+        """The slots [E] of one layer's experts, where these change without a new placement."""
+        self.slots[layer].copy_(self._send(torch.tensor(slots, dtype=torch.int32)))
 
     def _send(self, values: Tensor) -> Tensor:
         if not self.slots.is_cuda:
             return values
         return values.pin_memory().to(self.slots.device, non_blocking=True)
+
+
+def _changed(before: Placement, after: Placement) -> list[tuple[int, int]]:
+    """(layer, expert) of all that differ in their slots or their home."""
+    slots = np.flatnonzero(after.slot_table.ravel() != before.slot_table.ravel())
+    homes = np.flatnonzero(after.homes.ravel() != before.homes.ravel())
+    places = {*(slots // after.num_ranks).tolist(), *homes.tolist()}
+    return [divmod(place, after.num_experts) for place in sorted(places)]

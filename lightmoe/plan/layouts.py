@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 
 from lightmoe.moe.overlap_model import LayerCosts, choose_chunks, fit
+from lightmoe.moe.transport_model import ExchangeTimes
 from lightmoe.plan.memory import Wish, usable_bytes
 from lightmoe.plan.stages import (
     attention_seconds,
@@ -21,6 +21,7 @@ from lightmoe.plan.stages import (
     exchange_seconds,
     expert_seconds,
     fixed_seconds,
+    layer_exchange,
     tokens_on_ranks,
     touched,
 )
@@ -60,7 +61,7 @@ def expert_parallel(wish: Wish) -> Layout:
     layers = len(wish.model.moe_layers)
     decode_tokens = tokens_on_ranks(wish, 1, wish.batch)
     matrices = exchange_matrices(wish, [float(n) for n in decode_tokens])
-    exchange = sum(exchange_seconds(wish, matrix) for matrix in matrices)
+    exchange = layer_exchange(wish, [float(n) for n in decode_tokens]).total
     busiest = max(decode_tokens)
     decode = (
         dense_seconds(wish, busiest, busiest)
@@ -86,16 +87,20 @@ def _expert_parallel_prefill(wish: Wish) -> tuple[float, str]:
     tokens = tokens_on_ranks(wish, wish.prompt, wish.step_tokens)
     total, busiest = sum(tokens), max(tokens)
 
-    def exchange(which: int, fullest: int) -> float:
-        part = [count * fullest / busiest for count in tokens]
-        return exchange_seconds(wish, exchange_matrices(wish, part)[which])
+    def exchange(fullest: int) -> ExchangeTimes:
+        return layer_exchange(wish, [count * fullest / busiest for count in tokens])
 
     def experts(fullest: int) -> float:
         spread = touched(wish, total * fullest / busiest, wish.num_ranks)
         return expert_seconds(wish, spread)
 
     sizes = (max(1, busiest // 8), busiest)
-    stages: list[Callable[[int], float]] = [partial(exchange, 1), experts, partial(exchange, 2)]
+    stages: list[Callable[[int], float]] = [
+        lambda size: exchange(size).dispatch,
+        lambda size: 2 / 3 * experts(size),
+        lambda size: 1 / 3 * experts(size),
+        lambda size: exchange(size).combine,
+    ]
     if sizes[0] == sizes[1]:
         layer = sum(stage(busiest) for stage in stages)
         note = "1 chunk: a single token"
@@ -106,7 +111,7 @@ def _expert_parallel_prefill(wish: Wish) -> tuple[float, str]:
     per_step = (
         dense_seconds(wish, busiest, busiest / wish.prompt)
         + attention_seconds(wish, busiest, busiest / wish.prompt, 1.0)
-        + len(wish.model.moe_layers) * (layer + exchange(0, busiest))
+        + len(wish.model.moe_layers) * (layer + exchange(busiest).choice)
         + fixed_seconds(wish)
     )
     return total / per_step, note

@@ -176,6 +176,33 @@ def memory_map(wish: Wish) -> list[Memory]:
     return result
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostTier:
+    """Slots of each rank, experts of the fullest, and what all keep in the host's memory."""
+
+    num_slots: int
+    num_homes: int
+    host_bytes: int
+
+
+def host_tier(wish: Wish) -> HostTier | None:
+    """What a launch on cards does where experts do not fit: they take turns in the slots that do.
+
+    All ranks are homes then. None where it is not needed, or where slots would not suffice for the
+    experts of one layer.
+    """
+    ranks = memory_map(replace(wish, spares=0))
+    num_slots = min(entry.num_slots for entry in ranks)
+    of_one_layer = -(-wish.model.num_experts // wish.num_ranks)
+    if wish.slowest.kind == "cpu" or num_slots < of_one_layer or all(one.fits for one in ranks):
+        return None
+    return HostTier(
+        num_slots=num_slots,
+        num_homes=max(entry.num_homes for entry in ranks),
+        host_bytes=wish.num_expert_copies * wish.expert_bytes,
+    )
+
+
 def usable_bytes(wish: Wish) -> int:
     """What the smallest rank may use."""
     devices = (wish.topology.device(rank) for rank in range(wish.num_ranks))

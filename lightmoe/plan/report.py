@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lightmoe.plan.layouts import Layout, all_layouts
-from lightmoe.plan.memory import Memory, Wish, memory_map
+from lightmoe.plan.memory import HostTier, Memory, Wish, host_tier, memory_map
+from lightmoe.plan.stages import launch_transport
 
 _GIB = 1 << 30
 _CLEARLY = 1.2  # a roofline is no better than that
@@ -18,7 +19,10 @@ _CLEARLY = 1.2  # a roofline is no better than that
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Memory of every rank, all layouts (expert parallel first), and the verdict in words."""
+    """Memory of every rank, all layouts (expert parallel first), and the verdict in words.
+
+    `host_tier` says how a launch has experts take turns where their homes do not fit.
+    """
 
     title: str
     memory: Sequence[Memory]
@@ -26,6 +30,8 @@ class Plan:
     best: str
     expert_parallel_is_right: bool
     verdict: str
+    transport: str
+    host_tier: HostTier | None
 
     def to_json(self) -> dict[str, Any]:
         """Everything, under the names of the fields."""
@@ -54,7 +60,14 @@ def make_plan(wish: Wish) -> Plan:
         best=best.name if best else "",
         expert_parallel_is_right=best is layouts[0],
         verdict=verdict,
+        transport=_transport(wish),
+        host_tier=host_tier(wish) if layouts[0].problem else None,
     )
+
+
+def _transport(wish: Wish) -> str:
+    choice = launch_transport(wish)
+    return "local: one rank" if choice is None else f"{choice.way.label}: {choice.reason}"
 
 
 def judge(wish: Wish, layouts: Sequence[Layout]) -> tuple[Layout | None, str]:
@@ -138,8 +151,20 @@ def render(plan: Plan, console: Console) -> None:
             style="dim" if layout.problem else "",
         )
     console.print(rates)
+    console.print(f"launch --transport auto: {plan.transport}", highlight=False)
+    if plan.host_tier is not None:
+        console.print(_host_tier_line(plan.host_tier), highlight=False)
     console.print(
         f"{plan.verdict}. Predicted by roofline from the topology's figures.", highlight=False
+    )
+
+
+def _host_tier_line(tier: HostTier) -> str:
+    return (
+        f"Experts can take turns all the same: launch gives each rank {tier.num_slots} slots for up"
+        f" to {tier.num_homes} experts, all ranks are homes, and the host keeps"
+        f" {_gib(tier.host_bytes)} of experts; without copy_engine and CUDA graphs. What it waits"
+        " for experts is not predicted."
     )
 
 

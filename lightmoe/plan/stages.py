@@ -7,13 +7,20 @@ T tokens, D model width, F expert width, E experts, K experts per token, H heads
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from lightmoe.balancer.pipeline_tasks import LayerShape, draw_choices, roofline_seconds
+from lightmoe.moe import transport_model
 from lightmoe.moe.placement import initial_placement
+from lightmoe.moe.transport_model import (
+    ExchangeShape,
+    ExchangeTimes,
+    TransportChoice,
+    choose_transport,
+    ways_on,
+)
 from lightmoe.plan.memory import Wish
 
 # A layer's dozen kernels, inside a CUDA graph; on a CPU the calls themselves.
@@ -22,7 +29,6 @@ _LAYER_SECONDS = {"cuda": 30e-6, "cpu": 200e-6}
 _EXCHANGE_SECONDS = {"cuda": 20e-6, "cpu": 50e-6}
 _NUM_DRAWS = 8
 _DRAWN_TOKENS = 1024  # more tokens are scaled up: their shares no longer change
-_CHOICE_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,28 +107,44 @@ def tokens_on_ranks(wish: Wish, per_sequence: int, most: int) -> list[int]:
 
 
 def exchange_matrices(wish: Wish, tokens: list[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Expected bytes [W, W] of a layer's choice, rows and results, given each rank's tokens.
+    """Expected bytes [W, W] of a layer's choice, rows and results, given each rank's tokens."""
+    return transport_model.exchange_matrices(exchange_shape(wish), tokens)
 
-    A token's row goes to each other rank that holds one of its experts, with probability
-    1 - C(E - E/W, K) / C(E, K); its K results come back.
-    """
-    model, num_ranks = wish.model, wish.num_ranks
-    here = model.num_experts / num_ranks
-    missed = math.prod(
-        max(0.0, model.num_experts - here - k) / (model.num_experts - k)
-        for k in range(model.num_experts_per_tok)
+
+def exchange_shape(wish: Wish) -> ExchangeShape:
+    """Sizes of a layer's exchange."""
+    return ExchangeShape(
+        num_experts=wish.model.num_experts,
+        num_experts_per_token=wish.model.num_experts_per_tok,
+        width=wish.model.hidden_size,
+        element_bytes=wish.element_bytes,
     )
-    sent = np.repeat(np.array(tokens, dtype=float)[:, None], num_ranks, axis=1)
-    np.fill_diagonal(sent, 0)
-    row_bytes = model.hidden_size * wish.element_bytes
-    choice = sent * model.num_experts_per_tok * _CHOICE_BYTES
-    rows = sent * (1 - missed) * row_bytes
-    results = sent.T * model.num_experts_per_tok / num_ranks * row_bytes
-    return choice, rows, results
+
+
+def launch_transport(wish: Wish) -> TransportChoice | None:
+    """What `launch --transport auto` takes for steps of these sizes; None for one rank."""
+    ways = ways_on(wish.topology)
+    if not ways:
+        return None
+    return choose_transport(
+        wish.topology,
+        ways,
+        exchange_shape(wish),
+        prefill_tokens=max(tokens_on_ranks(wish, wish.prompt, wish.step_tokens)),
+        decode_tokens=max(tokens_on_ranks(wish, 1, wish.batch)),
+    )
+
+
+def layer_exchange(wish: Wish, tokens: list[float]) -> ExchangeTimes:
+    """A layer's exchanges by that transport, given each rank's tokens; one rank alone has none."""
+    choice = launch_transport(wish)
+    if choice is None:
+        return ExchangeTimes(0.0, 0.0, 0.0)
+    return transport_model.predict(wish.topology, choice.way, exchange_shape(wish), tokens)
 
 
 def exchange_seconds(wish: Wish, matrix: np.ndarray) -> float:
-    """An exchange of these bytes [W, W]; one rank alone has none."""
+    """An exchange of these bytes [W, W] by other software; one rank alone has none."""
     if not matrix.any():
         return 0.0
     start = _EXCHANGE_SECONDS[wish.slowest.kind]

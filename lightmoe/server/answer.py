@@ -86,6 +86,7 @@ class Answer:
         self._id = f"{shape.id_prefix}-{uuid4().hex}"
         self._created = int(time.time())
         self._model_name = service.name_of(request.model)
+        self._overflow = service.model.overflow
         self._choices: list[Choice] = []
         requests = []
         for prompt in prompts:
@@ -145,7 +146,7 @@ class Answer:
     def _chunk(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         chunk = self._frame(self._shape.chunk_object, [entry])
         if self._continuous_usage:
-            chunk["usage"] = self._usage()
+            chunk["usage"] = self._usage(is_whole=False)
         elif self._include_usage:
             chunk["usage"] = None
         return chunk
@@ -159,13 +160,20 @@ class Answer:
             "choices": list(entries),
         }
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self, *, is_whole: bool = True) -> dict[str, Any]:
         num_generated = sum(len(choice.token_ids) for choice in self._choices)
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": self._num_prompt_tokens,
             "completion_tokens": num_generated,
             "total_tokens": self._num_prompt_tokens + num_generated,
         }
+        if self._overflow is not None:
+            moved = [choice.moved_pairs for choice in self._choices]
+            num_pairs = sum(sum(choice.values()) for choice in moved)
+            usage["overflow"] = {"mode": self._overflow.mode, "pairs": num_pairs}
+            if is_whole:  # [position, pairs] by choice
+                usage["overflow"]["positions"] = [sorted(choice.items()) for choice in moved]
+        return usage
 
 
 class _EventStream(StreamingResponse):

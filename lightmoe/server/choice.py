@@ -26,7 +26,10 @@ class Piece:
 
 
 class Choice:
-    """The state of one answer. A stop string ends it here, before the engine knows."""
+    """The state of one answer. A stop string ends it here, before the engine knows.
+
+    `moved_pairs` has, by position in prompt and answer, the pairs that an OverflowRule moved.
+    """
 
     def __init__(
         self,
@@ -40,6 +43,7 @@ class Choice:
         self.tokens: list[SampledToken] = []
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
+        self.moved_pairs: dict[int, int] = {}
         self._offset = 0
         self._counts_characters = params.logprobs is not None
         self._tokenizer = tokenizer
@@ -55,6 +59,8 @@ class Choice:
             raise output.error or LightMoEError("the engine ended a request without saying why")
         if output.finish_reason == "abort":
             raise ShuttingDownError("the server stopped this request; send it again")
+        for position, number in output.moved_pairs:
+            self.moved_pairs[position] = self.moved_pairs.get(position, 0) + number
         num_tokens, num_counted = len(self.tokens), len(self.token_ids)
         text = self._add_tokens(output)
         if output.finish_reason is not None and self.finish_reason is None:

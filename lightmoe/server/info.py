@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from lightmoe import __version__
-from lightmoe.core import BalanceReport, LoadReport
+from lightmoe.core import BalanceReport, LoadReport, OverflowReport
 from lightmoe.errors import UnknownModelError
 from lightmoe.server import metrics
 from lightmoe.server.openapi import openapi_document
@@ -66,6 +66,7 @@ class Info:
             "max_model_len": model.max_model_len,
             "dummy_weights": model.dummy_weights,
             "routing_skew": model.routing_skew,
+            "overflow": None if model.overflow is None else str(model.overflow),
             "vocab_size": model.vocab_size,
         }
 
@@ -115,6 +116,7 @@ def load_json(report: LoadReport) -> dict[str, Any]:
         "epoch": report.epoch,
         "route": report.route,
         "balance": None if report.balance is None else _balance_json(report.balance),
+        "overflow": None if report.overflow is None else _overflow_json(report.overflow),
         "rank_kinds": report.rank_kinds,
         "expert_tokens": report.expert_tokens.tolist(),
         "rank_pairs": report.rank_pairs.tolist(),
@@ -132,6 +134,16 @@ def _balance_json(report: BalanceReport) -> dict[str, Any]:
         "waited_seconds": report.waited_seconds,
         "heartbeat_age_seconds": round(report.heartbeat_age_seconds, 3),
         "events": [[event.epoch, event.text] for event in report.events],
+    }
+
+
+def _overflow_json(report: OverflowReport) -> dict[str, Any]:
+    return {
+        "mode": report.rule.mode,
+        "capacity_factor": report.rule.capacity_factor,
+        "num_moved_pairs": report.num_moved_pairs,
+        "num_layers": report.num_layers,
+        "num_left": report.num_left,
     }
 
 

@@ -13,7 +13,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from lightmoe.core import BalanceReport, EngineStats, LoadReport
+from lightmoe.core import (
+    BalanceReport,
+    EngineStats,
+    HostTierCounts,
+    LoadReport,
+    OverflowReport,
+)
 from lightmoe.server.protocol import ServingEngine
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -38,6 +44,10 @@ class EngineCollector(Collector):
         yield from _balance_metrics(load)
         if load.balance is not None:
             yield from _balancer_metrics(load.balance)
+        if load.overflow is not None:
+            yield from _overflow_metrics(load.overflow)
+        if stats.host_tier is not None:
+            yield from _host_tier_metrics(stats.host_tier)
         up = 0.0 if self._engine.error is not None else 1.0
         yield GaugeMetricFamily("lightmoe_engine_up", "1 while the engine runs", up)
 
@@ -124,6 +134,44 @@ def _balancer_metrics(report: BalanceReport) -> Iterator[Metric]:
     )
     alive = 1.0 if report.error is None else 0.0
     yield GaugeMetricFamily("lightmoe_balancer_up", "1 while the balancer lives", alive)
+
+
+def _overflow_metrics(report: OverflowReport) -> Iterator[Metric]:
+    counters = {
+        "lightmoe_overflow_pairs": (
+            "pairs that did not go to the expert that the gate chose",
+            report.num_moved_pairs,
+        ),
+        "lightmoe_overflow_layers": (
+            "layers of a step in which a rank passed its capacity",
+            report.num_layers,
+        ),
+        "lightmoe_overflow_left_pairs": (
+            "pairs over the capacity that stayed: nothing else had room",
+            report.num_left,
+        ),
+    }
+    for name, (text, value) in counters.items():
+        counter = CounterMetricFamily(name, text, labels=["mode"])
+        counter.add_metric([report.rule.mode], value)
+        yield counter
+    yield GaugeMetricFamily(
+        "lightmoe_overflow_capacity_factor",
+        "the most that a rank should get of a layer, over the mean",
+        report.rule.capacity_factor,
+    )
+
+
+def _host_tier_metrics(tier: HostTierCounts) -> Iterator[Metric]:
+    counters = {
+        "hits": ("experts that were in their slots when a layer needed them", tier.num_hits),
+        "misses": ("experts that a step had to wait for", tier.num_misses),
+        "prefetched": ("hits since the expert had been fetched ahead", tier.num_prefetched),
+        "fetched_bytes": ("bytes of experts fetched from the host", tier.fetched_bytes),
+        "wait_seconds": ("what ranks waited for experts, added up", tier.waited_seconds),
+    }
+    for name, (text, value) in counters.items():
+        yield CounterMetricFamily(f"lightmoe_host_tier_{name}", text, value)
 
 
 def layer_balancedness(rank_pairs: np.ndarray) -> np.ndarray:

@@ -64,6 +64,8 @@ class SnapshotFeed:
             result["rank_pairs_total"] = rank_pairs.tolist()
         if load.balance is not None:
             result["balance"] = self._balance(load.balance)
+        if stats.host_tier is not None:
+            result["host_tier_hit_rate"] = round(stats.host_tier.hit_rate, 4)
         if load.epoch != self._epoch:
             self._epoch = load.epoch
             result["placement"] = load.placement

@@ -26,7 +26,7 @@ COLOURS = LinearSegmentedColormap.from_list(
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
+class Layout:
     """Sizes in inches, so that a cell is as large as the number of cells allows."""
 
     experts: float
@@ -34,7 +34,7 @@ class _Layout:
     height: float
 
     @classmethod
-    def of(cls, num_layers: int, num_experts: int, num_ranks: int) -> _Layout:
+    def of(cls, num_layers: int, num_experts: int, num_ranks: int) -> Layout:
         return cls(
             experts=float(np.clip(0.62 * num_experts, 4.6, 13.0)),
             ranks=float(np.clip(0.46 * num_ranks, 2.2, 6.0)),
@@ -45,7 +45,7 @@ class _Layout:
 def draw_load(table: LoadTable) -> Figure:
     """The figure, not yet written anywhere."""
     experts, ranks = table.expert_ratios, table.rank_ratios
-    layout = _Layout.of(len(experts), experts.shape[1], ranks.shape[1])
+    layout = Layout.of(len(experts), experts.shape[1], ranks.shape[1])
     left, gap, right, top, bottom = 0.75, 0.75, 1.15, 1.1, 0.6
     width = left + layout.experts + gap + layout.ranks + right
     height = top + layout.height + bottom
@@ -60,34 +60,33 @@ def draw_load(table: LoadTable) -> Figure:
     expert_axes = place(left, layout.experts)
     rank_axes = place(left + layout.experts + gap, layout.ranks)
     for axes, ratios, name in (expert_axes, experts, "expert"), (rank_axes, ranks, "rank"):
-        _heatmap(axes, ratios, norm, name)
-        if table.expert_tokens.any() and ratios.size <= MAX_NUMBERED_CELLS:
-            _number(axes, ratios, norm)
-    _mark_spares(rank_axes, table)
+        draw_panel(axes, ratios, norm, name, has_numbers=bool(table.expert_tokens.any()))
+    mark_spares(rank_axes, table)
     bar_axes = place(left + layout.experts + gap + layout.ranks + 0.25, 0.16)
-    bar = figure.colorbar(rank_axes.images[0], cax=bar_axes)
-    bar.set_ticks(_bar_ticks(norm.vmax or 2.0), labels=_bar_labels(norm.vmax or 2.0))
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=8, colors=QUIET, length=0)
-    bar.set_label("times the layer's mean", fontsize=8.5, color=QUIET)
+    colour_bar(figure, bar_axes, rank_axes, norm)
     _titles(figure, table, left / width, height)
     return figure
 
 
-def _heatmap(axes: Axes, ratios: np.ndarray, norm: TwoSlopeNorm, column_name: str) -> None:
+def draw_panel(
+    axes: Axes, ratios: np.ndarray, norm: TwoSlopeNorm, column_name: str, *, has_numbers: bool
+) -> None:
+    """Layers x columns: `ratios` [L, columns] to their layer's mean; numbers where they fit."""
     num_rows, num_columns = ratios.shape
     axes.imshow(ratios, cmap=COLOURS, norm=norm, aspect="auto", interpolation="nearest")
     axes.set_xlabel(column_name, fontsize=9, color=QUIET)
     axes.set_ylabel("layer", fontsize=9, color=QUIET)
-    axes.set_xticks(_ticks(num_columns))
-    axes.set_yticks(_ticks(num_rows))
+    axes.set_xticks(ticks(num_columns))
+    axes.set_yticks(ticks(num_rows))
     axes.tick_params(labelsize=8, colors=QUIET, length=0)
     axes.spines[:].set_visible(False)
     if num_rows * num_columns <= MAX_NUMBERED_CELLS:
         _separate(axes, num_rows, num_columns)
+        if has_numbers:
+            _number(axes, ratios, norm)
 
 
-def _ticks(count: int) -> list[int]:
+def ticks(count: int) -> list[int]:
     """At most 16 round numbers from 0 on."""
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, count) if count <= 16 * step)
     return list(range(0, count, step))
@@ -105,23 +104,57 @@ def _number(axes: Axes, ratios: np.ndarray, norm: TwoSlopeNorm) -> None:
     for (row, column), ratio in np.ndenumerate(ratios):
         is_dark = norm(ratio) > 0.76
         text = f"{ratio:.1f}" if ratio < 9.95 else f"{ratio:.0f}"
-        axes.text(column, row, text, ha="center", va="center", fontsize=8,
-                  color="white" if is_dark else INK)
+        axes.text(
+            column,
+            row,
+            text,
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if is_dark else INK,
+        )
 
 
-def _mark_spares(axes: Axes, table: LoadTable) -> None:
+def mark_spares(axes: Axes, table: LoadTable) -> None:
     """Hatches the columns of the spares and writes their numbers in another colour."""
     spares: list[int] = np.flatnonzero(table.rank_is_spare).tolist()
     num_layers = len(table.expert_tokens)
     for rank in spares:
-        axes.add_patch(Rectangle((rank - 0.5, -0.5), 1, num_layers, fill=False, hatch="////",
-                                 edgecolor=SPARE, linewidth=0, alpha=0.35))
-        axes.text(rank, -0.62, "spare", ha="center", va="bottom", fontsize=7.5, color=SPARE,
-                  rotation=90 if len(spares) > 2 or len(table.rank_kinds) > 13 else 0)
+        axes.add_patch(
+            Rectangle(
+                (rank - 0.5, -0.5),
+                1,
+                num_layers,
+                fill=False,
+                hatch="////",
+                edgecolor=SPARE,
+                linewidth=0,
+                alpha=0.35,
+            )
+        )
+        axes.text(
+            rank,
+            -0.62,
+            "spare",
+            ha="center",
+            va="bottom",
+            fontsize=7.5,
+            color=SPARE,
+            rotation=90 if len(spares) > 2 or len(table.rank_kinds) > 13 else 0,
+        )
     for tick, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True):
         if tick in spares:
             label.set_color(SPARE)
             label.set_fontweight("bold")
+
+
+def colour_bar(figure: Figure, bar_axes: Axes, axes: Axes, norm: TwoSlopeNorm) -> None:
+    """What the colours of `axes` mean, in `bar_axes`."""
+    bar = figure.colorbar(axes.images[0], cax=bar_axes)
+    bar.set_ticks(_bar_ticks(norm.vmax or 2.0), labels=_bar_labels(norm.vmax or 2.0))
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8, colors=QUIET, length=0)
+    bar.set_label("times the layer's mean", fontsize=8.5, color=QUIET)
 
 
 def _bar_ticks(most: float) -> list[float]:

@@ -105,11 +105,12 @@ class Topology:
                 *self._climb(f"rank{source}", up[: up.index(meeting)], "up"),
                 *reversed(self._climb(f"rank{target}", down[: down.index(meeting)], "down")),
             )
-        return (
-            *self.host_path(source, "up"),
-            *self._between_sockets(up, down),
-            *self.host_path(target, "down"),
-        )
+        return (*self.host_path(source, "up"), *self.pull_path(source, target))
+
+    def pull_path(self, source: int, target: int) -> tuple[Hop, ...]:
+        """From the host memory of one rank's socket to another rank."""
+        up, down = self._ancestors(source), self._ancestors(target)
+        return (*self._between_sockets(up, down), *self.host_path(target, "down"))
 
     def _fabric_hops(self, fabric: Fabric, source: int, target: int) -> tuple[Hop, ...]:
         if fabric.shared:
@@ -209,10 +210,6 @@ class Topology:
     def all_to_all_seconds(self, matrix: Sequence[Sequence[float]]) -> float:
         """Time of an exchange of matrix[s][t] bytes [W, W], all at once: the slowest hop, and the
         longest latency. What a rank keeps costs nothing."""
-        busiest = max(
-            (num_bytes / self.capacity(hop) for hop, num_bytes in self.link_bytes(matrix).items()),
-            default=0.0,
-        )
         messages = [
             (source, target)
             for source, row in enumerate(matrix)
@@ -220,7 +217,12 @@ class Topology:
             if num_bytes and source != target
         ]
         latency = max((self.latency_seconds(s, t) for s, t in messages), default=0.0)
+        busiest = self.busiest_seconds(self.link_bytes(matrix))
         return busiest + latency + self._message_seconds(messages)
+
+    def busiest_seconds(self, hop_bytes: Mapping[Hop, float]) -> float:
+        """The time of these bytes at the hop that needs longest, without latencies."""
+        return max((size / self.capacity(hop) for hop, size in hop_bytes.items()), default=0.0)
 
     def _message_seconds(self, messages: Sequence[tuple[int, int]]) -> float:
         """What messages cost beside bytes: in a row on a shared fabric, else those of one rank."""
@@ -231,6 +233,14 @@ class Topology:
                 owner = "" if fabric.shared else f"/{source}"
                 seconds[fabric.name + owner] += fabric.message_seconds
         return max(seconds.values(), default=0.0)
+
+    def neighbourhoods(self) -> tuple[int, ...]:
+        """A number for each rank [W], that of the first one below the same switch or socket; all
+        are as near where one fabric joins them."""
+        if any(len(set(fabric.ranks)) == self.num_ranks for fabric in self.fabrics):
+            return (0,) * self.num_ranks
+        first: dict[str, int] = {}
+        return tuple(first.setdefault(entry.parent, rank) for rank, entry in enumerate(self.ranks))
 
     def nearest_first(self, rank: int) -> tuple[int, ...]:
         """All other ranks, those with the fewest hops first, then the widest way, then the next

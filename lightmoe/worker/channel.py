@@ -7,17 +7,34 @@ A connection begins with a token that only the ranks of this launch were given.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
+import operator
 import socket
 import struct
+from dataclasses import astuple
 from typing import Any
 
 import msgpack
 import numpy as np
 
-from lightmoe.core import Batch, SampledToken, SamplingStep, SequenceStep, StepResult
+from lightmoe.core import (
+    Batch,
+    HostTierCounts,
+    SampledToken,
+    SamplingStep,
+    SequenceStep,
+    StepResult,
+)
 from lightmoe.errors import RankError
-from lightmoe.worker.order_frames import arrival_fields, arrivals_of, order_fields, orders_of
+from lightmoe.worker.order_frames import (
+    arrival_fields,
+    arrivals_of,
+    order_fields,
+    orders_of,
+    overflow_fields,
+    overflow_of,
+)
 
 LOOPBACK = "127.0.0.1"
 MAX_FRAME_BYTES = 256 << 20
@@ -64,6 +81,12 @@ def connect(port: int, rank: int, token: bytes, host: str = LOOPBACK) -> socket.
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.sendall(_HELLO.pack(rank, token))
     return connection
+
+
+def hang_up(connection: socket.socket) -> None:
+    """End a connection for both ends, though a thread may still read from it."""
+    with contextlib.suppress(OSError):  # the other end was quicker
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class StepListener:
@@ -150,13 +173,16 @@ def pack_result(result: StepResult) -> bytes:
     routing = None
     if result.routing is not None:
         routing = (result.routing.shape, result.routing.astype("<u2").tobytes())
-    arrivals = arrival_fields(result.arrivals)
-    return _pack((result.rank, result.step, tokens, counts, result.seconds, arrivals, routing))
+    arrivals, overflow = arrival_fields(result.arrivals), overflow_fields(result.overflow)
+    host_tier = None if result.host_tier is None else astuple(result.host_tier)
+    extras = (arrivals, routing, overflow, host_tier)
+    return _pack((result.rank, result.step, tokens, counts, result.seconds, *extras))
 
 
 def unpack_result(frame: bytes) -> StepResult:
     """The inverse of pack_result."""
-    rank, step, tokens, counts, seconds, arrivals, routing = _unpack(frame)
+    rank, step, tokens, counts, seconds, *extras = _unpack(frame)
+    arrivals, routing, overflow, host_tier = extras
     experts, pairs = (np.frombuffer(data, dtype="<i4").reshape(shape) for shape, data in counts)
     return StepResult(
         rank,
@@ -167,13 +193,16 @@ def unpack_result(frame: bytes) -> StepResult:
         seconds,
         arrivals_of(arrivals),
         None if routing is None else np.frombuffer(routing[1], dtype="<u2").reshape(routing[0]),
+        overflow_of(overflow),
+        None if host_tier is None else HostTierCounts(*host_tier),
     )
 
 
+_fields_of = operator.attrgetter(*SamplingStep.__slots__)
+
+
 def _sampling_fields(step: SamplingStep | None) -> tuple[object, ...] | None:
-    if step is None:
-        return None
-    return tuple(getattr(step, name) for name in SamplingStep.__slots__)
+    return None if step is None else _fields_of(step)
 
 
 def _pack(value: object) -> bytes:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lightmoe.core import OverflowRule
 from lightmoe.models.config import ModelConfig
 from lightmoe.moe.placement import Placement
 from lightmoe.telemetry.rank_recorder import TraceConfig
@@ -25,7 +26,9 @@ class WorkerConfig:
     `cards` is the GPU of each rank, empty where a rank takes the first that it sees.
     `num_free_slots` come on top of those that the placement needs; `max_recorded_tokens` is how
     many tokens of a step have their routing recorded (0: it is not). `routing_skew` is the exponent
-    of a choice of experts that is made up; None: the gate's own.
+    of a choice of experts that is made up; None: the gate's own. `overflow` is for transports that
+    wait for the host. With `expert_slots` experts take turns in so many slots of a rank, and the
+    placement's slots are rows of its copy in the host's memory.
     """
 
     model: ModelConfig
@@ -48,10 +51,12 @@ class WorkerConfig:
     cards: tuple[int, ...] = ()
     deterministic: bool = True
     num_free_slots: int = 0
+    expert_slots: int | None = None
     host_copy: bool = False
     max_recorded_tokens: int = 0
     timeout_seconds: float = 60.0
     routing_skew: float | None = None
+    overflow: OverflowRule | None = None
     trace: TraceConfig | None = None
 
     def device_of(self, rank: int) -> str:

@@ -1,9 +1,11 @@
 """A rank's part in a migration: bytes of experts into free slots beside the steps, then the flip.
 
 A step starts at most one piece each way and waits for the step before's, if that is still under
-way: never for more than one step's bytes. Between ranks the bytes pass the hosts' memory (gloo), so
-they meet neither the order nor the SMs of the exchange between GPUs. For what comes from the host's
-copy no step waits: its pieces follow each other at their own pace.
+way: never for more than one step's bytes. Between cards that reach each other the target's copy
+engine fetches them: what is under way is live on its source, whole and in place, so the source has
+nothing to do. Elsewhere the bytes pass the hosts' memory (gloo), and meet neither the order nor
+the SMs of the exchange between GPUs. For what comes from the host's copy no step waits: its pieces
+follow each other at their own pace.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,17 +30,40 @@ HostCopy = Callable[[int, int], Tensor]
 """The blob of (layer, expert) as bytes uint8 [expert bytes], equal to those of any slot."""
 
 
+class Pending(Protocol):
+    """Something under way: a future, or copies on a stream."""
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+        ...
+
+    def result(self) -> None:
+        """Wait for its end; raises what went wrong."""
+        ...
+
+
+class RankCopies(Protocol):
+    """What copies from other ranks' pools: distributed/peer_copies.py."""
+
+    def start(self, copies: Sequence[tuple[int, int, Tensor]]) -> Pending:
+        """Each a rank, the first byte of its pool, and where it goes to, uint8 [bytes]."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Carried:
     """Pieces of one step under way, and the transfers that end with them here."""
 
-    future: Future[None]
+    pending: Pending
     ending: tuple[int, ...]
     is_from_host: bool
 
 
 class Mover:
-    """Carries out the orders of one rank; `blobs` [S, elements] is its slot pool."""
+    """Carries out the orders of one rank; `blobs` [S, elements] is its slot pool.
+
+    `copies` is given where this rank's card reaches those of all others.
+    """
 
     def __init__(
         self,
@@ -46,11 +71,15 @@ class Mover:
         blobs: Tensor,
         messages: Communicator | None,
         host_copy: HostCopy | None = None,
+        copies: RankCopies | None = None,
     ) -> None:
         self._group = group
         self._slots = blobs.view(torch.uint8)  # [S, expert bytes]
         self._messages = messages
         self._host_copy = host_copy
+        self._copies = copies
+        self._stream = torch.cuda.Stream(blobs.device) if blobs.is_cuda else None
+        self._sent, self._received = _Pinned(), _Pinned()
         self._from_host: tuple[int, Tensor] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lightmoe-mover")
         self._under_way: deque[_Carried] = deque()
@@ -76,6 +105,10 @@ class Mover:
             group.route = orders.route
         self._start(orders.pieces)
 
+    def may_follow(self, orders: Orders) -> bool:
+        """Whether `begin` may come while a step runs: all that it does is ordered on the device."""
+        return self._copies is not None and orders.route is None
+
     def arrivals(self) -> Arrivals | None:
         """At a step's end: what came since the last call; None if there is nothing to say."""
         self._settle(wait=False)
@@ -87,21 +120,21 @@ class Mover:
 
     def _settle(self, wait: bool) -> None:
         """Take what is done, and with `wait` what came from or goes to other ranks."""
-        started = time.perf_counter()
         while self._under_way:
             carried = self._under_way[0]
-            if not carried.future.done():
-                if carried.is_from_host or not wait:
-                    break
-                futures.wait([carried.future])
-                self._waited_seconds += time.perf_counter() - started
+            is_late = not carried.pending.done()
+            if is_late and (carried.is_from_host or not wait):
+                break
+            started = time.perf_counter()
             self._under_way.popleft()
             try:
-                carried.future.result()
+                carried.pending.result()
                 self._arrived += carried.ending
             except (LightMoEError, OSError, RuntimeError) as error:
                 # The placement has not flipped: the ranks serve on with what they have.
                 self._error = f"rank {self._group.rank}: {error}"
+            if is_late:
+                self._waited_seconds += time.perf_counter() - started
 
     def _start(self, pieces: Sequence[Piece]) -> None:
         rank = self._group.rank
@@ -115,25 +148,47 @@ class Mover:
             self._check_source(piece)
         from_ranks = [piece for piece in coming if piece.source_rank != HOST_COPY]
         from_host = [piece for piece in coming if piece.source_rank == HOST_COPY]
-        if from_ranks or going:
+        if self._copies is not None:
+            self._start_copies(self._copies, from_ranks)
+        elif from_ranks or going:
             self._note(self._start_carrying(from_ranks, going), from_ranks, is_from_host=False)
         if from_host:
-            future = self._thread.submit(self._copy_from_host, from_host)
-            self._note(future, from_host, is_from_host=True)
+            copying = self._start_beside(self._copy_from_host, from_host)
+            self._note(copying, from_host, is_from_host=True)
 
-    def _note(self, future: Future[None], coming: Sequence[Piece], is_from_host: bool) -> None:
+    def _note(self, pending: Pending, coming: Sequence[Piece], is_from_host: bool) -> None:
         ending = tuple(piece.transfer for piece in coming if piece.is_last)
-        self._under_way.append(_Carried(future, ending, is_from_host))
+        self._under_way.append(_Carried(pending, ending, is_from_host))
 
-    def _start_carrying(self, coming: Sequence[Piece], going: Sequence[Piece]) -> Future[None]:
+    def _start_copies(self, copies: RankCopies, coming: Sequence[Piece]) -> None:
+        if coming:
+            pieces = [
+                (
+                    piece.source_rank,
+                    piece.source_slot * self._slots.shape[1] + piece.begin,
+                    self._target(piece),
+                )
+                for piece in coming
+            ]
+            self._note(copies.start(pieces), coming, is_from_host=False)
+
+    def _start_carrying(self, coming: Sequence[Piece], going: Sequence[Piece]) -> Pending:
         if self._slots.is_cuda:
-            return self._thread.submit(self._carry_staged, coming, going)
+            return self._start_beside(self._carry_staged, coming, going)
         # Started here, for gloo's calls belong on one thread; only waiting is done beside.
         wait = self._start_messages(
             [(piece.source_rank, self._target(piece)) for piece in coming],
             [(piece.target_rank, self._source(piece)) for piece in going],
         )
         return self._thread.submit(wait)
+
+    def _start_beside(self, work: Callable[..., None], *pieces: Sequence[Piece]) -> Pending:
+        """On the mover's thread; on a GPU after what is enqueued by now: it may read such a slot
+        as has just become free.
+        """
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._slots.device))
+        return self._thread.submit(work, *pieces)
 
     def _copy_from_host(self, coming: Sequence[Piece]) -> None:
         with self._beside():
@@ -143,23 +198,26 @@ class Mover:
     @contextlib.contextmanager
     def _beside(self) -> Iterator[None]:
         """On a GPU: a stream beside that of the step, and at the end all on it is done."""
-        if not self._slots.is_cuda:
+        if self._stream is None:
             yield
             return
-        with torch.cuda.stream(torch.cuda.Stream(self._slots.device)):
+        with torch.cuda.stream(self._stream):
             yield
-            torch.cuda.current_stream().synchronize()
+            self._stream.synchronize()
 
     def _carry_staged(self, coming: Sequence[Piece], going: Sequence[Piece]) -> None:
         """On a GPU: through pinned memory."""
+        assert self._stream is not None
+        sent, received = self._sent.parts_for(going), self._received.parts_for(coming)
         with self._beside():
-            sent = [(piece.target_rank, _pinned(piece)) for piece in going]
-            for piece, (_, staged) in zip(going, sent, strict=True):
+            for piece, staged in zip(going, sent, strict=True):
                 staged.copy_(self._source(piece), non_blocking=True)
-            torch.cuda.current_stream().synchronize()
-            received = [(piece.source_rank, _pinned(piece)) for piece in coming]
-            self._start_messages(received, sent)()
-            for piece, (_, staged) in zip(coming, received, strict=True):
+            self._stream.synchronize()
+            self._start_messages(
+                [(piece.source_rank, part) for piece, part in zip(coming, received, strict=True)],
+                [(piece.target_rank, part) for piece, part in zip(going, sent, strict=True)],
+            )()
+            for piece, staged in zip(coming, received, strict=True):
                 self._target(piece).copy_(staged, non_blocking=True)
 
     def _start_messages(
@@ -201,5 +259,15 @@ class Mover:
             )
 
 
-def _pinned(piece: Piece) -> Tensor:
-    return torch.empty(piece.end - piece.begin, dtype=torch.uint8, pin_memory=True)
+class _Pinned:
+    """Pinned memory as large as the largest step's pieces: to allocate it may stop the device."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def parts_for(self, pieces: Sequence[Piece]) -> list[Tensor]:
+        """Room for each piece; what was there before is gone."""
+        sizes = [piece.end - piece.begin for piece in pieces]
+        if sum(sizes) > len(self._memory):
+            self._memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+        return list(self._memory[: sum(sizes)].split(sizes))

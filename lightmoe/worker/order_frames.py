@@ -1,4 +1,4 @@
-"""Orders and arrivals as plain values for the step channel, checked where they come in.
+"""Orders, arrivals and overflow as plain values for the step channel, checked where they come in.
 
 A frame that says anything else than the driver can have meant ends the rank with a RankError.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import astuple
 from typing import Any
 
-from lightmoe.core import HOST_COPY, ROUTES, Arrivals, Orders, Piece, SlotChange
+import numpy as np
+
+from lightmoe.core import HOST_COPY, ROUTES, Arrivals, Orders, Piece, SlotChange, StepOverflow
 from lightmoe.errors import RankError
 
 MAX_CHANGES = 1 << 20
@@ -72,6 +74,25 @@ def arrivals_of(fields: Any) -> Arrivals | None:
     _check(isinstance(waited_seconds, float) and waited_seconds >= 0, waited_seconds)
     _check(error is None or isinstance(error, str), error)
     return Arrivals(transfers, waited_seconds, error)
+
+
+def overflow_fields(overflow: StepOverflow | None) -> tuple[object, ...] | None:
+    """What an OverflowRule did as plain values; None stays None."""
+    if overflow is None:
+        return None
+    moved = overflow.moved_pairs.astype("<i4").tobytes()
+    return moved, overflow.num_layers, overflow.num_left
+
+
+def overflow_of(fields: Any) -> StepOverflow | None:
+    """The inverse of overflow_fields; RankError for what no rank can have done."""
+    if fields is None:
+        return None
+    _check(isinstance(fields, tuple) and len(fields) == 3, fields)
+    moved, num_layers, num_left = fields
+    _check(isinstance(moved, bytes) and len(moved) % 4 == 0, moved)
+    _check(_is_integer(num_layers, 0) and _is_integer(num_left, 0), fields)
+    return StepOverflow(np.frombuffer(moved, dtype="<i4"), num_layers, num_left)
 
 
 def _is_integer(value: object, lowest: int) -> bool:

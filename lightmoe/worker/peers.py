@@ -72,7 +72,7 @@ def open_lanes(
     """
     whole = _open(config, control, device, dtype, config.max_num_batched_tokens)
     half = half_tokens(config.max_num_batched_tokens)
-    return whole, _open(config, control, device, dtype, half, whole.stream)
+    return whole, _open(config, control, device, dtype, half, whole)
 
 
 def half_tokens(max_tokens: int) -> int:
@@ -86,7 +86,7 @@ def _open(
     device: torch.device,
     dtype: torch.dtype,
     max_tokens: int,
-    stream: torch.cuda.Stream | None = None,
+    like: PeerLane | None = None,
 ) -> PeerLane:
     layout = arena_layout(
         config.model,
@@ -106,7 +106,7 @@ def _open(
         dtype,
         device,
         config.timeout_seconds,
-        stream=stream,
+        like=like,
     )
     if config.trace is not None:
         lane.count_sent()

@@ -10,9 +10,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from lightmoe.core import Batch, RankInfo, StepResult
+from lightmoe.core import Batch, HostTierCounts, RankInfo, StepResult
 from lightmoe.distributed.communicator import LOOPBACK, Communicator
 from lightmoe.distributed.nccl import NcclCommunicator, nccl_environment
+from lightmoe.distributed.peer_copies import PeerCopies
 from lightmoe.kernels.checks import HALF_DTYPES
 from lightmoe.kernels.library import library
 from lightmoe.layers.attention import KVCache
@@ -22,13 +23,17 @@ from lightmoe.models.weights import DummyReader, SafetensorsReader, WeightReader
 from lightmoe.moe.dispatch import ExpertGroup
 from lightmoe.moe.dispatch.copy_engine import PeerLane
 from lightmoe.moe.load import LoadCounter
+from lightmoe.moe.overflow import Overflow
+from lightmoe.moe.overlap_model import EXCHANGE_CTAS
 from lightmoe.moe.skew import RoutingSkew
 from lightmoe.telemetry.rank_recorder import RankRecorder
 from lightmoe.worker.calibrate import choose_overlap
 from lightmoe.worker.config import BLOCK_SIZE, WorkerConfig
+from lightmoe.worker.host_tier import open_host_tier
+from lightmoe.worker.inbox import Inbox
 from lightmoe.worker.mover import HostCopy, Mover
 from lightmoe.worker.peers import open_lanes
-from lightmoe.worker.runner import Runner
+from lightmoe.worker.runner import Runner, RunningStep
 
 
 class Worker:
@@ -71,8 +76,15 @@ class Worker:
 
     def _join_nccl(self, control: Communicator) -> NcclCommunicator:
         config = self._config
+        # In halves it runs beside the experts, which leave it as much (calibrate.py).
+        max_ctas = EXCHANGE_CTAS if config.overlap == "halves" else None
         os.environ.update(
-            nccl_environment(self.rank, host=control.host, oversubscribed=config.oversubscribed)
+            nccl_environment(
+                self.rank,
+                host=control.host,
+                oversubscribed=config.oversubscribed,
+                max_ctas=max_ctas,
+            )
         )
         return NcclCommunicator(
             self.rank, control.num_ranks, control, self._device, config.timeout_seconds
@@ -82,6 +94,15 @@ class Worker:
         if self._communicator is None or self._config.transport != "copy_engine":
             return None, None
         return open_lanes(self._config, self._communicator, self._device, dtype)
+
+    def _open_copies(self, blobs: torch.Tensor) -> PeerCopies | None:
+        """The way for experts from card to card, where cards reach each other and experts move."""
+        config = self._config
+        on_cards = config.transport == "copy_engine" and not config.peers_on_host
+        moves = config.num_free_slots and not config.host_copy
+        if self._communicator is None or not on_cards or not moves:
+            return None
+        return PeerCopies(self._communicator, blobs)
 
     def load(self) -> RankInfo:
         """Read what this rank hosts, make its cache, and say what it has."""
@@ -103,7 +124,10 @@ class Worker:
             deterministic=config.deterministic,
         )
         read = self._new_reader(dtype, device)
-        pool = load_experts(model, read, group, dtype, device, config.num_free_slots)
+        if config.expert_slots is None:
+            pool = load_experts(model, read, group, dtype, device, config.num_free_slots)
+        else:
+            pool = open_host_tier(config, read, group, dtype, device)
         exponent = config.routing_skew
         parts = Parts(
             config=model,
@@ -112,6 +136,7 @@ class Worker:
             pool=pool,
             deterministic=config.deterministic,
             skew=None if exponent is None else RoutingSkew(exponent, config.seed),
+            overflow=self._new_overflow(group),
         )
         decoder = Decoder(parts, config.max_model_len)
         cache = KVCache(
@@ -131,14 +156,16 @@ class Worker:
                 "off" if config.max_recorded_tokens else config.overlap,
             )
         decoder.set_overlap(overlap)
-        # What is recorded for a trace of the routing is counted on the host.
-        self._runner = Runner(decoder, group, cache, use_graphs=not config.max_recorded_tokens)
+        # What is recorded for a trace of the routing is counted on the host, and fetched by it.
+        use_graphs = not config.max_recorded_tokens and group.residency is None
+        self._runner = Runner(decoder, group, cache, use_graphs=use_graphs)
         self._group = group
         self._load = decoder.load
         if config.max_recorded_tokens:
             decoder.load.record(config.max_recorded_tokens, model.num_experts_per_tok)
         host_copy = self._new_host_copy(pool.blobs) if config.host_copy else None
-        self._mover = Mover(group, pool.blobs, self._communicator, host_copy)
+        copies = self._open_copies(pool.blobs)
+        self._mover = Mover(group, pool.blobs, self._communicator, host_copy, copies)
         return RankInfo(
             rank=self.rank,
             kind=config.placement.rank_kinds[self.rank],
@@ -166,14 +193,40 @@ class Worker:
         if self._recorder is not None:
             self._recorder.close()
 
-    def _step(self, batch: Batch) -> StepResult:
+    def follows(self, batch: Batch) -> bool:
+        """Whether the step may begin while the one before it runs.
+
+        Orders change what that one reads, unless the device keeps their turn, and what is traced or
+        recorded of it must be taken first.
+        """
+        assert self._runner is not None, "load before step"
+        assert self._mover is not None
+        is_ordered = batch.orders is None or self._mover.may_follow(batch.orders)
+        return self._recorder is None and is_ordered and self._runner.is_quick(batch)
+
+    def begin(self, batch: Batch) -> RunningStep:
+        """Enqueue a step, behind the one before it if it `follows`; a traced one ends in here."""
+        if self._recorder is not None:
+            result = self.step(batch)
+            return RunningStep(lambda: True, lambda: result)
+        return self._begin(batch)
+
+    def _begin(self, batch: Batch) -> RunningStep:
         assert self._runner is not None, "load before step"
         assert self._mover is not None
         started = time.perf_counter()
         if batch.orders is not None:
             self._mover.begin(batch.orders)
         before = time.perf_counter() - started
-        result = self._runner.step(batch)
+        running = self._runner.begin(batch)
+        return RunningStep(running.is_done, lambda: self._end(batch, running, before))
+
+    def _step(self, batch: Batch) -> StepResult:
+        return self._begin(batch).result()
+
+    def _end(self, batch: Batch, running: RunningStep, before: float) -> StepResult:
+        assert self._mover is not None
+        result = running.result()
         if self._nccl is not None:
             self._nccl.check()  # an exchange that was ended leaves numbers that mean nothing
         return replace(
@@ -181,7 +234,12 @@ class Worker:
             seconds=result.seconds + before,
             arrivals=self._mover.arrivals(),
             routing=self._recorded(batch),
+            host_tier=self._host_tier_counts(),
         )
+
+    def _host_tier_counts(self) -> HostTierCounts | None:
+        residency = None if self._group is None else self._group.residency
+        return None if residency is None else residency.take_counts()
 
     def _recorded(self, batch: Batch) -> np.ndarray | None:
         """The experts of this rank's tokens [T, L, K], where they are recorded."""
@@ -189,6 +247,13 @@ class Worker:
         if self._load is None or not self._config.max_recorded_tokens or not num_tokens:
             return None
         return self._load.take_routing(num_tokens)
+
+    def _new_overflow(self, group: ExpertGroup) -> Overflow | None:
+        """None for a rank alone, whose load is always the mean."""
+        rule, communicator = self._config.overflow, self._communicator
+        if rule is None or communicator is None:
+            return None
+        return Overflow(rule, group, communicator)
 
     def _new_reader(self, dtype: torch.dtype, device: torch.device) -> WeightReader:
         config = self._config
@@ -214,8 +279,21 @@ class Worker:
 def run_steps(
     worker: Worker, receive: Callable[[], Batch | None], send: Callable[[StepResult], None]
 ) -> None:
-    """Step until `receive` returns None: the driver has gone or wants the end."""
+    """Step until `receive` returns None: the driver has gone or wants the end.
+
+    A plan that comes while a step runs is enqueued behind it, so that the device never waits for
+    the host; only then is the step's result waited for and sent.
+    """
+    inbox = Inbox(receive)
+    running: RunningStep | None = None
     with torch.inference_mode():
-        while (batch := receive()) is not None:
-            send(worker.step(batch))
+        while running is not None or inbox.first is not None:
+            if running is None:
+                running = worker.begin(inbox.take())
+            plan = inbox.look(until=running.is_done)
+            following = None
+            if plan is not None and worker.follows(plan):
+                following = worker.begin(inbox.take())
+            send(running.result())
+            running = following
     worker.finish()

@@ -117,9 +117,7 @@ def test_identity_experts_give_back_what_was_dispatched(
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randint(-99, 99, (sum(case.tokens_per_rank), WIDTH), generator=generator).float()
 
-    def task(
-        dispatcher: Dispatcher, group: ExpertGroup, choice: Choice
-    ) -> Tensor:
+    def task(dispatcher: Dispatcher, group: ExpertGroup, choice: Choice) -> Tensor:
         mine = hidden[case.of_rank(group.rank)]
         output = torch.full_like(mine, float("nan"))
         for receipt in dispatcher.route(choice, case.num_chunks):

@@ -42,6 +42,7 @@ def test_adopting_changes_the_same_tensors_to_what_new_ones_would_be(
         assert group.tables_on(CPU) is tables
         assert torch.equal(tables.copy_ranks, fresh.copy_ranks)
         assert torch.equal(tables.slots, fresh.slots)
+        assert tables.num_held == fresh.num_held
         assert tables.copies == list(placement.copies)
     assert (tables.copy_ranks.data_ptr(), tables.slots.data_ptr()) == places
 

@@ -64,6 +64,20 @@ def test_what_does_not_fit_is_said_with_its_size() -> None:
     assert nothing.verdict.startswith("nothing fits")
 
 
+def test_what_does_not_fit_takes_turns_where_a_layer_fits() -> None:
+    """Ten cards of 11 GB and Mixtral-8x7B as it is: 84 GiB of experts, homes on all ten."""
+    plan = make_plan(wish(batch=4, prompt=128, spares=2))
+    tier = plan.host_tier
+    assert tier is not None
+    assert (tier.num_homes, tier.host_bytes) == (26, 256 * 3 * 4096 * 14336 * 2)
+    assert 1 <= tier.num_slots == plan.memory[0].num_slots < tier.num_homes
+    out = io.StringIO()
+    render(plan, Console(file=out, width=200))
+    assert f"{tier.num_slots} slots for up to 26 experts" in out.getvalue()
+    assert make_plan(INT4).host_tier is None
+    assert make_plan(wish(model="mixtral-8x22b", gpus=2)).host_tier is None
+
+
 def test_experts_touched() -> None:
     lite = wish(model="qwen3-30b-a3b")
     one = touched(lite, 1, 1)

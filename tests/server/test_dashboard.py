@@ -94,8 +94,12 @@ class OpenFeed:
 
     async def _run(self) -> None:
         scope = {
-            "type": "http", "method": "GET", "path": "/events", "headers": [],
-            "query_string": b"", "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "type": "http",
+            "method": "GET",
+            "path": "/events",
+            "headers": [],
+            "query_string": b"",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
         }
 
         async def receive() -> dict[str, Any]:
@@ -169,8 +173,18 @@ def test_page_policy_allows_its_own_style_and_script_only() -> None:
 def test_page_has_no_way_to_run_what_it_shows_and_no_outside_source() -> None:
     html = PAGE.read_text(encoding="utf-8")
     for forbidden in (
-        "innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function(",
-        "https://", "@import", " style=", " onclick=", " onload=", "<link rel=\"stylesheet",
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+        "Function(",
+        "https://",
+        "@import",
+        " style=",
+        " onclick=",
+        " onload=",
+        '<link rel="stylesheet',
     ):
         assert forbidden not in html
     urls = set(re.findall(r"http://[^'\"\s]+", html))

@@ -170,9 +170,7 @@ def serving(
 ) -> Iterator[int]:
     """A server of the page on a free loopback port; yields the port."""
     is_stopping = threading.Event()
-    routes = dashboard_routes(
-        engine, has_tokenizer=has_tokenizer, is_stopping=is_stopping.is_set
-    )
+    routes = dashboard_routes(engine, has_tokenizer=has_tokenizer, is_stopping=is_stopping.is_set)
     routes.append(Route("/v1/completions", completions.answer, methods=["POST"]))
     config = uvicorn.Config(
         Starlette(routes=routes), host="127.0.0.1", port=port, log_level="warning"
@@ -351,8 +349,10 @@ def test_pointing_at_a_cell_tells_its_load_and_who_holds_it(browser: Any) -> Non
         tip = browser.find_element("id", "tip").text
         layer, expert = (int(part.split()[1]) for part in tip.splitlines()[0].split(", "))
         assert f"{engine.expert_tokens[layer, expert]} tokens since start" in tip
-        held = [tile.get_attribute("data-rank") for tile in
-                browser.find_elements("css selector", ".tile[data-holds]")]
+        held = [
+            tile.get_attribute("data-rank")
+            for tile in browser.find_elements("css selector", ".tile[data-holds]")
+        ]
         assert held == [str(rank) for rank in sorted(engine.placement[layer][expert])]
 
 

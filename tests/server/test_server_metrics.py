@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from lightmoe.core import HostTierCounts
 from lightmoe.errors import RankError
 from lightmoe.server.metrics import layer_balancedness
 from tests.server.fakes import FakeEngine
@@ -35,6 +39,21 @@ def test_names_and_numbers(http: TestClient, engine: FakeEngine) -> None:
     assert found["lightmoe_engine_up", None] == 1
     engine.error = RankError("rank 1 died")
     assert samples(http)["lightmoe_engine_up", None] == 0
+
+
+def test_the_host_tier_is_counted_where_there_is_one(
+    http: TestClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not any(name.startswith("lightmoe_host_tier") for name, _ in samples(http))
+    stats = replace(engine.stats(), host_tier=HostTierCounts(5, 3, 2, 1 << 20, 0.25))
+    monkeypatch.setattr(engine, "stats", lambda: stats)
+
+    found = samples(http)
+
+    assert [
+        found[f"lightmoe_host_tier_{name}_total", None]
+        for name in ("hits", "misses", "prefetched", "fetched_bytes", "wait_seconds")
+    ] == [5, 3, 2, 1 << 20, 0.25]
 
 
 def test_labels_name_the_model(http: TestClient) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightmoe.core import EngineStats, LoadReport, ModelInfo, RankStats
+from lightmoe.core import EngineStats, HostTierCounts, LoadReport, ModelInfo, RankStats
 from lightmoe.telemetry.dashboard import TOTALS_EVERY_SECONDS, Snapshot, SnapshotFeed
 
 NUM_LAYERS, NUM_EXPERTS, NUM_RANKS = 2, 3, 4
@@ -127,6 +128,13 @@ def test_snapshot_says_what_the_page_shows() -> None:
     assert ranks_of(snapshot, "kind") == ["home", "home", "home", "spare"]
     assert ranks_of(snapshot, "pairs_recent") == [0, 0, 0, 11]
     assert ranks_of(snapshot, "kv_usage") == [0.25] * 4
+
+
+def test_the_hit_rate_is_there_where_experts_take_turns() -> None:
+    feed, load, stats = make_feed(), make_load(), make_stats(1.0)
+    assert "host_tier_hit_rate" not in feed.snapshot(load, stats)
+    tiered = replace(stats, host_tier=HostTierCounts(num_hits=3, num_misses=1))
+    assert feed.snapshot(load, tiered)["host_tier_hit_rate"] == 0.75
 
 
 def test_totals_come_every_few_seconds_only() -> None:

@@ -25,8 +25,9 @@ def make_table(
     num_ranks = num_homes + num_spares
     placement = tuple(
         tuple(
-            (expert % num_homes, num_ranks - 1) if expert == 0 and num_spares else
-            (expert % num_homes,)
+            (expert % num_homes, num_ranks - 1)
+            if expert == 0 and num_spares
+            else (expert % num_homes,)
             for expert in range(num_experts)
         )
         for _ in range(num_layers)
@@ -93,9 +94,7 @@ def test_json_is_what_the_server_sends(tmp_path: Path) -> None:
     assert_equal(heatmap.load_table_from_json(document), table)
 
 
-@pytest.mark.parametrize(
-    "sizes", [(4, 8, 8, 2), (48, 128, 8, 2), (1, 1, 1, 0), (27, 64, 28, 4)]
-)
+@pytest.mark.parametrize("sizes", [(4, 8, 8, 2), (48, 128, 8, 2), (1, 1, 1, 0), (27, 64, 28, 4)])
 def test_png_is_readable_at_any_size(tmp_path: Path, sizes: tuple[int, int, int, int]) -> None:
     heatmap.save(make_table(*sizes), tmp_path / "load.PNG")
     width, height = png_size(tmp_path / "load.PNG")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -140,3 +142,22 @@ def test_the_first_ranks_of_a_machine() -> None:
     assert linked(4).first(3).fabrics[0].ranks == (0, 1, 2)
     with pytest.raises(UsageError, match="describes 4 ranks and 5 are asked for"):
         box().first(5)
+
+
+def test_from_host_memory_the_way_is_the_second_half() -> None:
+    machine = MACHINES["no p2p"]
+    for source in range(4):
+        for target in range(4):
+            if source != target:
+                up, down = machine.host_path(source, "up"), machine.pull_path(source, target)
+                assert (*up, *down) == machine.path(source, target)
+    own = [f"{hop.place} {hop.direction}" for hop in MACHINES["nvlink"].pull_path(0, 1)]
+    assert own == ["rank1 down"], "beside a fabric there is host memory, too"
+
+
+def test_neighbourhoods() -> None:
+    assert MACHINES["no p2p"].neighbourhoods() == (0, 0, 2, 2)
+    assert MACHINES["p2p"].neighbourhoods() == (0, 0, 2, 2)
+    assert MACHINES["nvlink"].neighbourhoods() == (0, 0, 0, 0)
+    bridged = replace(box(), fabrics=(replace(linked().fabrics[0], ranks=(1, 2)),))
+    assert bridged.neighbourhoods() == (0, 0, 2, 2), "a bridge of two makes no neighbourhood"

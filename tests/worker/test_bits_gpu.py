@@ -81,4 +81,4 @@ def test_the_device_chooses_the_tokens_of_the_host() -> None:
     ]
     logits = torch.from_numpy(random_logits(len(steps), seed=3))
 
-    assert sample_rows(logits.cuda(), steps) == sample_rows(logits, steps)
+    assert sample_rows(logits.cuda(), steps).tolist() == sample_rows(logits, steps).tolist()

@@ -35,12 +35,12 @@ def random_logits(num_rows: int, seed: int) -> np.ndarray:
 def test_a_batch_gets_the_tokens_of_its_rows_alone(steps: list[SamplingStep], seed: int) -> None:
     logits = random_logits(len(steps), seed)
 
-    tokens = sample_rows(torch.from_numpy(logits), steps)
+    tokens = sample_rows(torch.from_numpy(logits), steps).tolist()
 
     pairs = list(zip(logits, steps, strict=True))
     assert tokens == [sample(0, row, step).token_id for row, step in pairs]
     for row, step, token in zip(logits, steps, tokens, strict=True):
-        assert sample_rows(torch.from_numpy(row[None]), [step]) == [token]
+        assert sample_rows(torch.from_numpy(row[None]), [step]).tolist() == [token]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -52,7 +52,7 @@ def test_equal_logits_of_greedy_rows_go_to_the_lowest_token(temperature: float) 
         for place in range(2)
     ]
 
-    assert sample_rows(logits, steps) == [7, 7]
+    assert sample_rows(logits, steps).tolist() == [7, 7]
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
@@ -65,10 +65,10 @@ def test_a_row_that_is_not_finite_gets_no_token_and_spoils_no_other(
         SamplingStep(1.0, top_p=1.0, top_k=top_k, min_p=0.0, seed=place, position=0)
         for place in range(3)
     ]
-    clean = sample_rows(logits, steps)
+    clean = sample_rows(logits, steps).tolist()
     logits[1, 4] = poison
 
-    assert sample_rows(logits, steps) == [clean[0], INVALID_TOKEN, clean[2]]
+    assert sample_rows(logits, steps).tolist() == [clean[0], INVALID_TOKEN, clean[2]]
 
 
 def test_tokens_come_as_often_as_their_probability_says() -> None:

@@ -41,7 +41,8 @@ def logits_of(folder: Path, split: list[list[int]], overlap: str) -> dict[int, n
     group = LocalWorkerGroup(replace(config, overlap=overlap))
     sizes = tuple(sum(len(PROMPTS[one]) for one in numbers) for numbers in split)
     with recorded_logits() as recorder:
-        results = group.step([Batch(0, sizes, prompts_of(numbers)) for numbers in split])
+        group.begin([Batch(0, sizes, prompts_of(numbers)) for numbers in split])
+        results = group.finish()
     group.close()
     num_pairs = 2 * sum(sizes)
     assert (sum(result.expert_tokens for result in results).sum(axis=1) == num_pairs).all()
@@ -72,19 +73,19 @@ def test_a_cut_step_has_every_token_once(num_tokens: int) -> None:
         assert [part.sampling for part in parts] == [None] * (len(parts) - 1) + [GREEDY]
 
 
-def costs(dispatch: float, experts: float, combine: float) -> LayerCosts:
-    """Seconds of 1000 tokens, all of it by the token."""
-    return LayerCosts(*(StageCost(1e-5, value / 1000) for value in (dispatch, experts, combine)))
+def costs(*stages: float) -> LayerCosts:
+    """Milliseconds of 1000 tokens in dispatch, up, down and combine, all of it by the token."""
+    return LayerCosts(*(StageCost(1e-5, value / 1e6) for value in stages))
 
 
 def test_halves_where_the_exchange_is_long_and_nothing_where_it_is_short() -> None:
     """By the times that were fitted; the reason names them."""
-    long = Stages(costs(2e-3, 3e-3, 2e-3), costs(2.2e-3, 3.3e-3, 2.2e-3))
+    long = Stages(costs(2, 2, 1, 2), costs(2.2, 3.5, 3, 2.2))
     overlap, reason = decide(long, 8192, 116)
     assert overlap.halves_from is not None
     assert overlap.cuts_in_two(8192)
     assert "two halves" in reason
-    short = Stages(costs(1e-5, 9e-3, 1e-5), costs(3e-5, 1e-2, 3e-5))
+    short = Stages(costs(0.01, 6, 3, 0.01), costs(0.03, 10.5, 9, 0.03))
     overlap, reason = decide(short, 8192, 116)
     assert overlap == Overlap()
     assert reason.startswith("no overlap")

@@ -12,6 +12,7 @@ import torch
 
 from lightmoe.balancer.migration import Costs, Migration
 from lightmoe.core import BalanceReport, Orders, SamplingParams, StepResult
+from lightmoe.engine.worker_group import WorkerGroup
 from lightmoe.moe.placement import Placement
 from lightmoe.worker.config import WorkerConfig
 from lightmoe.worker.local_group import LocalWorkerGroup
@@ -39,9 +40,7 @@ def quiet(folder: Path) -> list[list[int]]:
 class Restless:
     """A StepBalancer that goes from one random placement to the next, for ever."""
 
-    def __init__(
-        self, group: LocalWorkerGroup, bytes_per_step: int, from_host: bool = False
-    ) -> None:
+    def __init__(self, group: WorkerGroup, bytes_per_step: int, from_host: bool = False) -> None:
         self._num_slots = [rank.num_slots for rank in group.ranks]
         self._costs = Costs(
             expert_bytes=group.ranks[0].expert_bytes,

@@ -30,7 +30,8 @@ def one_step(group: LocalWorkerGroup, per_rank: list[list[SequenceStep]]) -> dic
     """Logits of every sequence that is sampled from in a step."""
     sizes = tuple(sum(len(part.token_ids) for part in parts) for parts in per_rank)
     with recorded_logits() as recorder:
-        results = group.step([Batch(0, sizes, tuple(parts)) for parts in per_rank])
+        group.begin([Batch(0, sizes, tuple(parts)) for parts in per_rank])
+        results = group.finish()
     num_pairs = sum(sizes) * 2  # two experts a token
     assert (sum(result.expert_tokens for result in results).sum(axis=1) == num_pairs).all()
     assert (sum(result.layer_pairs for result in results) == num_pairs).all()
@@ -70,7 +71,8 @@ def test_a_sequence_has_the_same_logits_alone_and_beside_others_on_any_rank(fold
 def test_a_step_without_tokens_touches_nothing(folder: Path) -> None:
     group = LocalWorkerGroup(new_config(folder, num_ranks=2))
 
-    results = group.step([Batch(5, (0, 0)), Batch(5, (0, 0))])
+    group.begin([Batch(5, (0, 0)), Batch(5, (0, 0))])
+    results = group.finish()
 
     assert [result.step for result in results] == [5, 5]
     assert all(not result.tokens and not result.expert_tokens.any() for result in results)

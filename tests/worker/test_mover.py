@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from lightmoe.distributed.communicator import Communicator
 from lightmoe.errors import CheckpointError, PlacementError
 from lightmoe.moe.dispatch import ExpertGroup
 from lightmoe.worker.local_group import LocalWorkerGroup
-from lightmoe.worker.mover import HostCopy, Mover
+from lightmoe.worker.mover import HostCopy, Mover, RankCopies
 from tests.models.folders import write_model
 from tests.moe.cases import placement_of
 from tests.ranks import RankThreads
@@ -34,12 +35,15 @@ def blob(expert: int) -> Tensor:
 
 
 def new_mover(
-    rank: int, messages: Communicator | None = None, host_copy: HostCopy | None = None
+    rank: int,
+    messages: Communicator | None = None,
+    host_copy: HostCopy | None = None,
+    copies: RankCopies | None = None,
 ) -> tuple[Mover, ExpertGroup, Tensor]:
     group = ExpertGroup(rank, PLACEMENT, None, "waterfill", np.zeros(1, dtype=np.int64))
     blobs = torch.zeros(2, NUM_ELEMENTS)
     blobs[0] = blob(rank)
-    return Mover(group, blobs, messages, host_copy), group, blobs
+    return Mover(group, blobs, messages, host_copy, copies), group, blobs
 
 
 def piece(begin: int, end: int, source: int = 0, **changes: int) -> Piece:
@@ -115,6 +119,49 @@ def test_a_copy_that_cannot_be_read_is_told_and_the_rank_lives() -> None:
     assert (arrivals.transfers, arrivals.error) == ((), "rank 1: the file is gone")
     mover.begin(Orders(0))
     assert group.placement is PLACEMENT
+
+
+class PoolsOfOthers:
+    """Copies from pools in this process, each ended when it is told to."""
+
+    def __init__(self, pools: dict[int, Tensor]) -> None:
+        self._pools = {rank: pool.view(torch.uint8).ravel() for rank, pool in pools.items()}
+        self.started: list[Future[None]] = []
+
+    def start(self, copies: Sequence[tuple[int, int, Tensor]]) -> Future[None]:
+        for rank, begin, target in copies:
+            target.copy_(self._pools[rank][begin : begin + len(target)])
+        self.started.append(Future())
+        return self.started[-1]
+
+
+def test_cards_that_reach_each_other_fetch_and_the_source_does_nothing() -> None:
+    _, _, source_blobs = new_mover(0)
+    fetches = PoolsOfOthers({0: source_blobs})
+    mover, _, blobs = new_mover(1, copies=fetches)
+    source, _, _ = new_mover(0, copies=PoolsOfOthers({}))
+
+    for begin, end in ((0, 7), (7, NUM_BYTES)):
+        orders = Orders(0, pieces=(piece(begin, end),))
+        source.begin(orders)
+        assert source.arrivals() is None
+        mover.begin(orders)
+        assert mover.arrivals() is None, "said to be here before the copy has ended"
+        fetches.started[-1].set_result(None)
+    arrivals = mover.arrivals()
+
+    assert arrivals == Arrivals((5,))
+    assert torch.equal(blobs, torch.stack([blob(1), blob(0)]))
+
+
+def test_orders_follow_a_running_step_only_where_the_device_keeps_their_turn() -> None:
+    """Another route is read by the host, and so is what passes its memory."""
+    moving, routing = Orders(0, pieces=(piece(0, 7),)), Orders(0, route="even")
+    on_cards, by_host = new_mover(1, copies=PoolsOfOthers({}))[0], new_mover(1)[0]
+
+    assert on_cards.may_follow(moving)
+    assert not on_cards.may_follow(routing)
+    assert not by_host.may_follow(moving)
 
 
 class SlowMessages:

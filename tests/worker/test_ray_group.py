@@ -20,6 +20,7 @@ import ray
 
 from lightmoe.config import MAX_RANKS
 from lightmoe.core import Batch, SamplingStep, SequenceStep, StepResult
+from lightmoe.engine.worker_group import WorkerGroup
 from lightmoe.errors import CheckpointError, MachineError, RankError
 from lightmoe.worker.local_group import LocalWorkerGroup
 from lightmoe.worker.ray_cluster import RayConfig
@@ -93,6 +94,11 @@ def other(folder: Path, group: RayWorkerGroup) -> Iterator[Callable[..., RayWork
         one.close()
 
 
+def one_step(group: WorkerGroup) -> list[StepResult]:
+    group.begin(batches(3))
+    return group.finish()
+
+
 def plain(results: list[StepResult]) -> list[tuple[object, ...]]:
     return [
         (one.rank, one.step, one.tokens, one.expert_tokens.tolist(), one.layer_pairs.tolist())
@@ -103,7 +109,7 @@ def plain(results: list[StepResult]) -> list[tuple[object, ...]]:
 def test_processes_compute_what_threads_compute(group: RayWorkerGroup, folder: Path) -> None:
     threads = LocalWorkerGroup(new_config(folder, 3, num_spares=1))
 
-    assert plain(group.step(batches(3))) == plain(threads.step(batches(3)))
+    assert plain(one_step(group)) == plain(one_step(threads))
 
     threads.close()
     assert [rank.kind for rank in group.ranks] == ["home", "home", "spare"]
@@ -149,7 +155,7 @@ def test_close_ends_every_rank_and_leaves_the_others(
     doomed.close()
 
     assert_gone(pids, seconds=5)
-    assert len(group.step(batches(3))) == 3
+    assert len(one_step(group)) == 3
 
 
 def test_a_rank_killed_while_idle_is_named(other: Callable[..., RayWorkerGroup]) -> None:
@@ -170,7 +176,7 @@ def test_a_rank_killed_while_idle_is_named(other: Callable[..., RayWorkerGroup])
 
 def test_a_rank_killed_during_a_step_is_named(other: Callable[..., RayWorkerGroup]) -> None:
     doomed = other(3)
-    doomed.step(batches(3))
+    one_step(doomed)
     victim = doomed.ranks[1].pid
     # It takes part in no exchange any more, so the step is still going on when it dies.
     os.kill(victim, signal.SIGSTOP)
@@ -179,7 +185,7 @@ def test_a_rank_killed_during_a_step_is_named(other: Callable[..., RayWorkerGrou
     started = time.monotonic()
 
     with pytest.raises(RankError, match="rank 1 died"):
-        doomed.step(batches(3))
+        one_step(doomed)
 
     assert 0.5 <= time.monotonic() - started < DEAD_WITHIN_SECONDS
     killer.join()
@@ -192,7 +198,7 @@ def test_a_rank_that_hangs_is_named(other: Callable[..., RayWorkerGroup]) -> Non
 
     try:
         with pytest.raises(RankError, match=r"ranks \[2\] did not answer"):
-            doomed.step(batches(3))
+            one_step(doomed)
     finally:
         os.kill(victim, signal.SIGKILL)
 
@@ -271,7 +277,8 @@ def test_a_killed_driver_takes_everything_with_it_and_leaves_its_token_private(
 
 
 def test_counts_are_plain_integers(group: RayWorkerGroup) -> None:
-    for result in group.step(batches(3)):
+    group.begin(batches(3))
+    for result in group.finish():
         assert result.expert_tokens.dtype == np.int32
         assert result.expert_tokens.shape == (2, 5)
         assert result.layer_pairs.shape == (2,)

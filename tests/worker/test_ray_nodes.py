@@ -26,7 +26,7 @@ from lightmoe.worker.ray_cluster import RayConfig, hosts_of
 from lightmoe.worker.ray_group import RayWorkerGroup
 from tests.sockets import listening_addresses
 from tests.worker.groups import new_config
-from tests.worker.test_ray_group import batches, no_progress, plain
+from tests.worker.test_ray_group import no_progress, one_step, plain
 
 size = dict(num_cpus=2, object_store_memory=80 << 20)
 cluster = Cluster(head_node_args=dict(size, include_dashboard=False), initialize_head=True)
@@ -36,7 +36,7 @@ group = RayWorkerGroup(config, RayConfig(address=cluster.address), no_progress)
 threads = LocalWorkerGroup(config)
 found = dict(
     hosts=hosts_of(group._group).ranks,
-    equal=plain(group.step(batches(3))) == plain(threads.step(batches(3))),
+    equal=plain(one_step(group)) == plain(one_step(threads)),
     listening=[sorted(listening_addresses(rank.pid)) for rank in group.ranks],
 )
 print(json.dumps(found))

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lightmoe.errors import MachineError
+from lightmoe.errors import MachineError, UsageError
 from lightmoe.models.config import read_config
 from lightmoe.worker.config import BLOCK_SIZE
-from lightmoe.worker.sizing import Demand, Sizing, size_ranks
+from lightmoe.worker.sizing import Demand, Sizing, size_ranks, slots_that_fit
 from tests.models.folders import write_config
 
 GIB = 1 << 30
@@ -135,6 +135,45 @@ def test_free_slots_are_paid_for_and_named_where_they_do_not_fit(demand: Demand)
     assert num_replicas(size_ranks(replace(free, rank_bytes=needed(demand, 14)))) == 6
     with pytest.raises(MachineError, match=r"\(6 experts, 2 of them --free-slots, and the dense"):
         size_ranks(replace(free, rank_bytes=10 << 20))
+
+
+def test_with_fewer_slots_than_experts_the_rest_of_the_memory_is_cache(demand: Demand) -> None:
+    tier = replace(demand, num_ranks=4, num_spares=0, on_cpu=False, expert_slots=3)
+
+    sizing = size_ranks(tier)
+
+    assert (sizing.num_slots, num_replicas(sizing)) == (3, 0)
+    assert sizing.weight_bytes == 3 * expert_bytes(demand) + dense_bytes(demand)
+    assert sizing.host_bytes == 32 * expert_bytes(demand)
+    assert size_ranks(replace(tier, rank_bytes=needed(tier, 3))).num_kv_blocks == 512 // BLOCK_SIZE
+    with pytest.raises(MachineError, match=r"3 experts and the dense"):
+        size_ranks(replace(tier, rank_bytes=10 << 18))
+    # On a CPU the host's memory is the rank's own.
+    copies = (3 + 8) * expert_bytes(demand)
+    assert size_ranks(replace(tier, on_cpu=True)).weight_bytes == copies + dense_bytes(demand)
+    with pytest.raises(MachineError, match=r"11 experts, those of --expert-slots and a copy of"):
+        size_ranks(replace(tier, on_cpu=True, rank_bytes=10 << 20))
+    assert size_ranks(demand).host_bytes == 0
+
+
+def test_slots_for_less_than_a_layer_are_refused_with_the_numbers(demand: Demand) -> None:
+    tier = replace(demand, num_ranks=3, num_spares=0, expert_slots=2)
+
+    with pytest.raises(UsageError, match=r"is 2, and a rank holds 3 experts .* give at least 3"):
+        size_ranks(tier)
+    assert size_ranks(replace(tier, expert_slots=3)).num_slots == 3
+
+
+def test_how_many_slots_fit(demand: Demand) -> None:
+    tier = replace(demand, num_ranks=4, num_spares=0, on_cpu=False)
+
+    found = [
+        slots_that_fit(replace(tier, rank_bytes=needed(tier, slots) + extra))
+        for slots, extra in ((1, 0), (2, 0), (5, -1), (5, 0), (7, 0), (8, 0))
+    ]
+
+    # Two experts of each layer are here, eight in all.
+    assert found == [None, 2, 4, 5, 7, None]
 
 
 def test_a_cpu_rank_leaves_memory_to_others(demand: Demand) -> None:

@@ -139,6 +139,11 @@ class LaunchConfig:
             parse_bytes(self.memory_limit, name="memory_limit")
         if self.routing_skew is not None:
             parse_skew(self.routing_skew)
+        if self.record_routing is not None and self.overlap == "halves":
+            raise UsageError(
+                "record_routing takes each layer's tokens at once, and overlap halves runs them in"
+                " two; leave one of the two out"
+            )
 
     def _check_ranks(self) -> None:
         if self.placement == "spread" and self.spares is not None:
@@ -221,6 +226,8 @@ class LaunchConfig:
             return f"spares ({self.spares})", "spares hold replicas, and every slot is for a home"
         if self.transport == "copy_engine":
             return "transport copy_engine", "no host knows there which experts to fetch"
+        if self.payload == "int8":
+            return "payload int8", "copy_engine carries it, and no host knows there what to fetch"
         if self.overlap == "halves":
             return "overlap halves", "one half's experts would displace the other's"
         if self.host_copy == "on":

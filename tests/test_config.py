@@ -79,6 +79,10 @@ def test_defaults_of_the_contract() -> None:
             {"overflow": "drop", "deterministic": "off", "record_routing": "a.npz"},
             "overflow drop leaves some with fewer; leave one of the two out",
         ),
+        (
+            {"overlap": "halves", "record_routing": "a.npz"},
+            "overlap halves runs them in two; leave one of the two out",
+        ),
         ({"routing_skew": "zipf"}, """routing_skew is 'zipf'; give "uniform", or "zipf:1.0\""""),
         ({"routing_skew": "zipf:11"}, "a number up to 10"),
         ({"routing_skew": "zipf:-1"}, "routing_skew is 'zipf:-1'"),

@@ -75,6 +75,7 @@ def test_what_fits_or_runs_on_cpus_is_left_alone() -> None:
     [
         ({"spares": 1}, r"spares \(1\)"),
         ({"transport": "copy_engine"}, "transport copy_engine"),
+        ({"payload": "int8", "deterministic": "off"}, "payload int8"),
         ({"overlap": "halves"}, "overlap halves"),
         ({"host_copy": "on"}, "host_copy on"),
     ],

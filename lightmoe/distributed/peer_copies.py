@@ -50,7 +50,13 @@ class PeerCopies:
     def _open(self, control: Communicator, mine: int) -> list[int]:
         """Where each rank's memory is here. CUDA shares whole allocations, torch gives parts."""
         allocation = _allocation_of(mine)
-        handle = bytes(self._runtime.ipcGetMemHandle(allocation))
+        try:
+            handle = bytes(self._runtime.ipcGetMemHandle(allocation))
+        except self._runtime.CUDARuntimeError as error:
+            raise MachineError(
+                f"rank {control.rank} cannot share its experts' memory ({error}); unset"
+                " expandable_segments in PYTORCH_CUDA_ALLOC_CONF, or use --free-slots 0"
+            ) from error
         addresses = []
         shared = gather_bytes(control, handle + _OFFSET.pack(mine - allocation))
         for rank, theirs in enumerate(shared):

@@ -22,7 +22,6 @@ Road = Literal["ipc", "host"]
 
 _SHARED_FOLDER = Path("/dev/shm")
 _NAME_BYTES = 32
-_HANDLE_BYTES = 64
 
 
 class PeerMemory:

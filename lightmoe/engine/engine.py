@@ -156,7 +156,8 @@ class Engine:
         with self._wake:
             if self.error is not None:
                 raise self.error
-            if request.request_id in self._ids:
+            queued = (other.request_id for other, _ in self._new)
+            if request.request_id in self._ids or request.request_id in queued:
                 raise RequestError(f"request id {request.request_id!r} is running already")
             if self.draining:
                 raise ShuttingDownError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from lightmoe.core import (
@@ -35,6 +34,7 @@ class Sequence:
     num_computed: int = 0
     num_pending: int = 0
     _moved_pairs: list[tuple[int, int]] = field(default_factory=list)
+    _num_noted: int = 0
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -115,10 +115,14 @@ class Sequence:
         num_chosen = len(self.token_ids) - self.num_prompt_tokens
         return "length" if num_chosen >= self.max_tokens else None
 
-    def note_moved(self, start: int, numbers: Iterable[int]) -> None:
-        """Pairs of the tokens at positions start, start + 1, ... that overflowed a rank."""
-        positions = enumerate(numbers, start)
+    def note_moved(self, start: int, numbers: list[int]) -> None:
+        """Pairs of the tokens at positions start, start + 1, ... that overflowed a rank.
+
+        What runs again after a preemption has been noted.
+        """
+        positions = list(enumerate(numbers, start))[max(0, self._num_noted - start) :]
         self._moved_pairs += [(position, number) for position, number in positions if number]
+        self._num_noted = max(self._num_noted, start + len(numbers))
 
     def take_moved(self) -> tuple[tuple[int, int], ...]:
         """Those since last asked, as RequestOutput has them."""

@@ -242,17 +242,6 @@ class Topology:
         first: dict[str, int] = {}
         return tuple(first.setdefault(entry.parent, rank) for rank, entry in enumerate(self.ranks))
 
-    def nearest_first(self, rank: int) -> tuple[int, ...]:
-        """All other ranks, those with the fewest hops first, then the widest way, then the next
-        number up, so that not everybody's second choice is the same rank."""
-
-        def distance(other: int) -> tuple[int, float, int]:
-            hops = len(self.path(rank, other))
-            return hops, -self.bandwidth(rank, other), (other - rank) % self.num_ranks
-
-        others = (other for other in range(self.num_ranks) if other != rank)
-        return tuple(sorted(others, key=distance))
-
     def exchange_order(self, rank: int) -> tuple[int, ...]:
         """To whom a rank sends in rounds 1, 2, ...: in every round each rank has one sender.
 

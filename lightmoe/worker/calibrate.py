@@ -54,10 +54,14 @@ def choose_overlap(
     group: ExpertGroup,
     max_tokens: int,
     wanted: Literal["auto", "off", "halves"],
+    *,
+    is_recorded: bool = False,
 ) -> tuple[Overlap, str]:
     """How the layers of this rank overlap, and why in one line; the same on every rank."""
     if group.communicator is None:
         return Overlap(), ""
+    if is_recorded:
+        return Overlap(), "no overlap: a record of the routing takes each layer's tokens at once"
     if wanted == "off":
         return Overlap(), "no overlap, as asked"
     if wanted == "halves":

@@ -142,11 +142,11 @@ class Mover:
         going = [piece for piece in pieces if piece.source_rank == rank]
         if not coming and not going:
             return
+        from_ranks = [piece for piece in coming if piece.source_rank != HOST_COPY]
         for piece in coming:
             self._check_free(piece.target_slot)
-        for piece in going:
+        for piece in (*going, *from_ranks):
             self._check_source(piece)
-        from_ranks = [piece for piece in coming if piece.source_rank != HOST_COPY]
         from_host = [piece for piece in coming if piece.source_rank == HOST_COPY]
         if self._copies is not None:
             self._start_copies(self._copies, from_ranks)
@@ -250,7 +250,7 @@ class Mover:
             raise PlacementError(f"slot {slot} of rank {rank} is in use; no expert may go there")
 
     def _check_source(self, piece: Piece) -> None:
-        rank = self._group.rank
+        rank = piece.source_rank
         slot = int(self._group.placement.slot_table[piece.layer, piece.expert, rank])
         if slot != piece.source_slot or slot < 0:
             raise PlacementError(

@@ -194,6 +194,7 @@ class RayWorkerGroup:
             return
         self._closed = True
         for connection in self._connections:
+            channel.hang_up(connection)  # a rank in a step sees it, and ends when that is done
             connection.close()
         if ray.is_initialized():  # the user's own script may have shut it down
             if self._is_traced and self._runs:

@@ -152,8 +152,8 @@ class Worker:
                 decoder,
                 group,
                 config.max_num_batched_tokens,
-                # A record of the routing takes each layer's tokens at once.
-                "off" if config.max_recorded_tokens else config.overlap,
+                config.overlap,
+                is_recorded=config.max_recorded_tokens > 0,
             )
         decoder.set_overlap(overlap)
         # What is recorded for a trace of the routing is counted on the host, and fetched by it.

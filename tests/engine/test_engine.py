@@ -246,6 +246,23 @@ def test_a_full_queue_refuses_and_takes_again_later(
     assert ask(engine, "again").wait().token_ids == FREE[:8]
 
 
+def test_two_requests_of_one_name_are_told_apart_by_refusing_one(
+    start: Callable[..., tuple[Engine, FakeWorkers]],
+) -> None:
+    engine, workers = start()
+    workers.pause()
+    running = ask(engine, "running")
+    assert workers.in_step.wait(20)
+    queued = ask(engine, "queued")
+
+    for name in ("running", "queued"):
+        with pytest.raises(RequestError, match="is running already"):
+            ask(engine, name)
+
+    workers.resume()
+    assert running.wait().token_ids == queued.wait().token_ids == FREE[:8]
+
+
 def test_abort_of_a_running_request_frees_its_blocks(
     start: Callable[..., tuple[Engine, FakeWorkers]],
 ) -> None:

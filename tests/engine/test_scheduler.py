@@ -215,3 +215,13 @@ def test_blocks_are_taken_whole_or_not_at_all() -> None:
     assert blocks.num_free == 1
     blocks.release(table)
     assert (table, blocks.num_free, blocks.usage) == ([], 3, 0.0)
+
+
+def test_moved_pairs_of_what_runs_again_are_told_once() -> None:
+    sequence = new_sequence(0, [1, 2, 3], max_tokens=4)
+
+    sequence.note_moved(0, [1, 0])
+    first = sequence.take_moved()
+    sequence.note_moved(0, [2, 0, 1, 3])  # it was preempted
+
+    assert (first, sequence.take_moved()) == (((0, 1),), ((2, 1), (3, 3)))

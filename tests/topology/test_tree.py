@@ -130,12 +130,6 @@ def test_every_round_of_an_exchange_is_a_permutation(machine: Topology) -> None:
         assert sorted(targets) == list(range(machine.num_ranks))
 
 
-def test_near_ranks_come_first() -> None:
-    assert MACHINES["p2p"].nearest_first(1) == (0, 2, 3)
-    assert MACHINES["p2p"].nearest_first(2) == (3, 0, 1)
-    assert MACHINES["nvlink"].nearest_first(2) == (3, 0, 1)
-
-
 def test_the_first_ranks_of_a_machine() -> None:
     two = box(((0, 1, 2, 3),)).first(2)
     assert (two.num_ranks, two.p2p_groups) == (2, ((0, 1),))

@@ -89,3 +89,12 @@ def test_halves_where_the_exchange_is_long_and_nothing_where_it_is_short() -> No
     overlap, reason = decide(short, 8192, 116)
     assert overlap == Overlap()
     assert reason.startswith("no overlap")
+
+
+def test_a_recorded_step_is_whole_and_the_reason_says_so(folder: Path) -> None:
+    config = replace(new_config(folder, 2), max_recorded_tokens=64, overlap="halves")
+    group = LocalWorkerGroup(config)
+    group.close()
+
+    reasons = {rank.overlap for rank in group.ranks}
+    assert reasons == {"no overlap: a record of the routing takes each layer's tokens at once"}

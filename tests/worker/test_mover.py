@@ -208,12 +208,17 @@ def test_a_step_waits_for_the_piece_of_the_step_before_and_says_how_long() -> No
             Orders(0, pieces=(piece(0, 4, source_slot=1),)),
             "expert 0 of layer 0 in slot 0, not 1",
         ),
+        (
+            1,
+            Orders(0, pieces=(piece(0, 4, source_slot=1),)),
+            "rank 0 has expert 0 of layer 0 in slot 0, not 1",
+        ),
         (0, Orders(3), "rank 0 is at epoch 0, its orders at 3"),
         (0, Orders(2, (SlotChange(0, 0, 1, 1),)), "epoch 2 does not follow epoch 0"),
     ],
 )
 def test_orders_that_do_not_fit_are_refused(rank: int, orders: Orders, message: str) -> None:
-    mover, group, blobs = new_mover(rank)
+    mover, group, blobs = new_mover(rank, copies=PoolsOfOthers({}))
 
     with pytest.raises(PlacementError, match=message):
         mover.begin(orders)

@@ -42,10 +42,9 @@ from lightmoe.moe.dispatch.base import (
     chunk_of,
 )
 from lightmoe.moe.gate import Choice
-from lightmoe.moe.overlap_model import EXCHANGE_CTAS
+from lightmoe.moe.overlap_model import EXCHANGE_CTAS, MAX_CHUNKS
 from lightmoe.moe.route import route_for
 
-MAX_CHUNKS = 8
 _ALIGNMENT_BYTES = 256
 _ANY_TILE = 64
 """Pairs a tile where the table of tiles is not used."""
@@ -432,6 +431,7 @@ class CopyEngineDispatcher(Dispatcher):
 
     def route(self, choice: Choice, num_chunks: int) -> list[PeerReceipt]:
         """Exchange the choices of all ranks, then route each chunk by its own counts."""
+        assert num_chunks <= MAX_CHUNKS, "arenas have room for the prefixes of so many"
         group = self._group
         num_tokens = group.tokens_per_rank[group.rank]
         experts = choice.experts.to(torch.int32)

@@ -194,7 +194,7 @@ class ReceiptWriter:
         send_token = _true(traffic.goes[:, mine].reshape(-1), sum(rows_sent))
         pairs_received = traffic.pairs[chunk, rank].tolist()
         # Groups of experts that are elsewhere are empty, and no reason for smaller tiles.
-        expected = max(1, len(expert)), max(1, self._num_held())
+        expected = max(1, len(expert)), max(1, self._tables.num_held[self._layer])
         groups, order, place = self._groups(expert, expected)
         self._group.layer_pairs[self._layer] += len(expert)
         return Receipt(
@@ -219,11 +219,6 @@ class ReceiptWriter:
         tokens = self._tokens_per_tile(*expected)
         groups, order, place = kernels.sort_pairs(expert[:, None], len(slots), slots, tokens)
         return groups, order, place[:, 0]
-
-    def _num_held(self) -> int:
-        """How many experts of this layer are on this rank."""
-        placement = self._tables.placement
-        return int((placement.slot_table[self._layer, :, self._group.rank] >= 0).sum())
 
 
 def _traffic(target: Tensor, segments: Segments) -> Traffic:

@@ -45,6 +45,9 @@ _INTEGER_BOUNDS: dict[str, tuple[int, int]] = {
     "rebalance_interval": (0, 2**31 - 1),
     "migration_bytes_per_step": (2**10, 2**32),
 }
+CAPACITY_FACTOR = 1.25
+"""Unless --capacity-factor says otherwise."""
+
 _NUMBER_BOUNDS: dict[str, tuple[float, float]] = {"capacity_factor": (1, 1000)}
 _BYTE_UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
@@ -101,7 +104,7 @@ class LaunchConfig:
     overlap: OverlapStyle = "auto"
     route: Route = "waterfill"
     overflow: Overflow = "none"
-    capacity_factor: float = 1.25
+    capacity_factor: float = CAPACITY_FACTOR
     load_format: LoadFormat = "auto"
     deterministic: OnOff = "on"
     max_model_len: int | None = None
@@ -183,6 +186,11 @@ class LaunchConfig:
 
     def _check_overflow(self) -> None:
         if self.overflow == "none":
+            if self.capacity_factor != CAPACITY_FACTOR:
+                raise UsageError(
+                    f"capacity_factor ({self.capacity_factor}) has no meaning with overflow none;"
+                    " give overflow redirect or drop, or leave it out"
+                )
             return
         if self.deterministic == "on":
             raise UsageError(

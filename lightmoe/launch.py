@@ -392,11 +392,12 @@ def _summary(
     kinds = f"{config.num_homes} homes + {config.num_spares} spares"
     ranks = f"{config.gpus} ranks, all alike" if config.placement == "spread" else kinds
     slots = [sizing.placement.num_slots(rank) for rank in range(config.gpus)]
+    held = "-".join(str(number) for number in sorted({min(slots), max(slots)}))
     return (
         f"{resolved.device} ({resolved.reason}), {resolved.dtype}, transport {resolved.transport}"
         + (f" ({resolved.carrier})" if resolved.carrier else "")
         + f", route {config.route}, placement {config.placement}: {ranks},"
-        f" {min(slots)}-{max(slots)} experts a rank; context {sizing.max_model_len},"
+        f" {held} experts a rank; context {sizing.max_model_len},"
         f" KV cache {sizing.cache_bytes / 2**20:.0f} MiB a rank; kernels: {kernels},"
         f" deterministic {config.deterministic}"
         + (", payload int8 (untested among GPUs)" if resolved.payload == "int8" else "")

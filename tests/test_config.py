@@ -72,6 +72,7 @@ def test_defaults_of_the_contract() -> None:
         ({"seed": 1.5}, "seed is 1.5; give an integer from 0"),
         ({"overflow": "push"}, "overflow is 'push'; give one of: none, redirect, drop"),
         ({"overflow": "drop"}, "deterministic is on; give deterministic off as well, or overflow"),
+        ({"capacity_factor": 1.1}, "capacity_factor (1.1) has no meaning with overflow none"),
         ({"capacity_factor": 0.9}, "capacity_factor is 0.9; give a number from 1 to 1000"),
         ({"capacity_factor": float("nan")}, "capacity_factor is nan; give a number from 1"),
         ({"capacity_factor": True}, "capacity_factor is True; give a number from 1 to 1000"),

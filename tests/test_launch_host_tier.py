@@ -104,6 +104,7 @@ def test_cards_too_small_for_one_layer_are_refused_as_ever() -> None:
         ({"expert_slots": 0}, UsageError, "expert_slots is 0; give an integer from 1"),
         ({"expert_slots": 1, "gpus": 4}, UsageError, "holds 2 experts of one layer, .* at least 2"),
         ({"expert_slots": 7, "gpus": 1}, UsageError, "at least 8, or more ranks"),
+        ({"expert_slots": 99, "gpus": 1}, UsageError, "99, and a rank has 32 experts at most"),
         ({"expert_slots": 8, "memory_limit": "20MiB"}, MachineError, "40 experts, those of --expe"),
     ],
 )

@@ -21,6 +21,7 @@ from lightmoe.plan.stages import (
     exchange_seconds,
     expert_seconds,
     fixed_seconds,
+    launch_transport,
     layer_exchange,
     tokens_on_ranks,
     touched,
@@ -101,7 +102,10 @@ def _expert_parallel_prefill(wish: Wish) -> tuple[float, str]:
         lambda size: 1 / 3 * experts(size),
         lambda size: exchange(size).combine,
     ]
-    if sizes[0] == sizes[1]:
+    transport = launch_transport(wish)
+    if transport is None or transport.way.transport != "copy_engine":
+        layer, note = sum(stage(busiest) for stage in stages), "no overlap: the host takes part"
+    elif sizes[0] == sizes[1]:
         layer = sum(stage(busiest) for stage in stages)
         note = "1 chunk: a single token"
     else:

@@ -141,7 +141,13 @@ def _check_expert_slots(demand: Demand, placement: Placement) -> None:
     if demand.expert_slots is not None and demand.expert_slots < least:
         raise UsageError(
             f"expert_slots is {demand.expert_slots}, and a rank holds {least} experts of one layer,"
-            f" which a step may choose all; give at least {least}, or more ranks (--gpus)"
+            f" all of which a step may choose; give at least {least}, or more ranks (--gpus)"
+        )
+    most = _max_slots(placement)
+    if demand.expert_slots is not None and demand.expert_slots > most:
+        raise UsageError(
+            f"expert_slots is {demand.expert_slots}, and a rank has {most} experts at most; leave"
+            " it out: then all of them have slots where they fit"
         )
 
 

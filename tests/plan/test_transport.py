@@ -13,6 +13,7 @@ from lightmoe.machine import Driver, Gpu
 from lightmoe.models.config import read_config
 from lightmoe.moe.transport_model import predict
 from lightmoe.plan import Wish, make_plan
+from lightmoe.plan.layouts import expert_parallel
 from lightmoe.plan.stages import exchange_shape, launch_transport, layer_exchange
 from lightmoe.topology import Topology, read_topology
 from lightmoe.worker.devices import Devices
@@ -114,3 +115,10 @@ def test_what_is_asked_for_is_simulated() -> None:
     assert asked.chosen_transport == ("nccl", "nccl, as asked")
     on_cpu = replace(question(topology, 512), topology=machine("cpu-10"))
     assert on_cpu.chosen_transport == ("gloo", "gloo")
+
+
+@pytest.mark.parametrize(("name", "overlaps"), [("4xh200-nvlink", True), ("cpu-10", False)])
+def test_only_what_needs_no_host_is_planned_in_chunks(name: str, overlaps: bool) -> None:
+    """As the launch: gloo and nccl wait for the host in every layer."""
+    topology = read_topology(ROOT / "topology" / f"{name}.toml").first(NUM_RANKS)
+    assert ("no overlap: the host takes part" in expert_parallel(wish(topology)).note) != overlaps

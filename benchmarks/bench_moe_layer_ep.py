@@ -16,7 +16,7 @@ from typing import Any
 import ep_naive
 import protocol
 import torch
-from ep_ranks import SHAPES, RankLayer, run_ranks
+from ep_ranks import SETTINGS, SHAPES, RankLayer, line_of, run_ranks
 
 from lightmoe.distributed.communicator import Communicator
 from lightmoe.moe.overlap_model import Overlap
@@ -35,7 +35,6 @@ PRINTED = (
     "over_limit",
     "hidden_fraction",
 )
-SETTINGS = {"ipc": "nvlink", "host": "no-p2p"}
 
 
 def main() -> None:
@@ -67,7 +66,7 @@ def bench(
             for row in bench_shape(communicator, device, name, num_tokens, options):
                 rows.append(row)
                 if communicator.rank == 0:
-                    print(*(_text(name, row[name]) for name in PRINTED), flush=True)
+                    print(line_of(row, PRINTED), flush=True)
     return rows
 
 
@@ -155,10 +154,6 @@ def alone(own: RankLayer, hidden: torch.Tensor) -> tuple[float, float]:
     compute_ms = own.measure(compute)["median"]
     own.barrier()
     return compute_ms, own.measure(communicate)["median"]
-
-
-def _text(name: str, value: Any) -> str:
-    return f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import protocol
 import torch
-from ep_ranks import SHAPES, RankLayer, Shape, run_ranks
+from ep_ranks import SETTINGS, SHAPES, RankLayer, Shape, line_of, run_ranks
 from torch import Tensor
 
 from lightmoe.balancer.batched_routes import copy_table, least_maximum
@@ -45,7 +45,6 @@ PRINTED = (
     "over_uniform",
     "equal",
 )
-SETTINGS = {"ipc": "nvlink", "host": "no-p2p"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def bench(
             for row in bench_skew(communicator, device, name, seed, options):
                 rows.append(row)
                 if communicator.rank == 0:
-                    print(f"seed={seed}", *(_text(key, row[key]) for key in PRINTED), flush=True)
+                    print(f"seed={seed}", line_of(row, PRINTED), flush=True)
     return rows
 
 
@@ -262,10 +261,6 @@ def take_pairs(own: RankLayer) -> int:
     count = int(own.group.layer_pairs[0])
     own.group.layer_pairs[:] = 0
     return count
-
-
-def _text(name: str, value: Any) -> str:
-    return f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
 
 
 if __name__ == "__main__":

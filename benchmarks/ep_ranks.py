@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
@@ -45,7 +45,18 @@ SHAPES = {
     "dsv2lite": Shape(64, 6, 2048, 1408),
     "qwen3": Shape(128, 8, 2048, 768),
 }
+SETTINGS = {"ipc": "nvlink", "host": "no-p2p"}
+"""What a road stands for in a result's rows."""
+
 DTYPE = torch.bfloat16
+
+
+def line_of(row: Mapping[str, Any], names: Sequence[str]) -> str:
+    """These fields of a result's row, to print."""
+    return " ".join(
+        f"{name}={row[name]:.4g}" if isinstance(row[name], float) else f"{name}={row[name]}"
+        for name in names
+    )
 
 
 def run_ranks(num_ranks: int, body: Callable[..., Any], *arguments: object) -> Any:

@@ -34,7 +34,7 @@ _HELP = {
     "topology": "Figures of this machine, TOML; auto: a file of topology/ with these very cards.",
     "overlap": "Exchange behind compute: auto times both and decides; off; halves: always in two.",
     "peer_memory": "Where copy_engine meets: auto takes the cards where they reach each other.",
-    "payload": "Rows between ranks (copy_engine); int8: half the bytes, rounded; untested on GPUs.",
+    "payload": "Rows between ranks (copy_engine); int8: half the bytes, rounded.",
     "route": "How tokens are split over the replicas of an expert.",
     "overflow": "Pairs over a rank's capacity: to the next-best expert, or dropped; tokens change.",
     "capacity_factor": "The most that a rank gets of a layer with --overflow, over the mean load.",

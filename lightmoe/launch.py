@@ -253,8 +253,10 @@ def start_workers(
 
 def with_host_tier(config: LaunchConfig, model: ModelConfig, driver: Driver) -> LaunchConfig:
     """With the slots that fit, where GPUs have no room for all experts and nothing forbids it."""
+    if config.expert_slots is not None:
+        return config
     resolved = resolve(config, driver)
-    if config.expert_slots is not None or resolved.device == "cpu":
+    if resolved.device == "cpu":
         return config
     try:
         size_ranks(_demand(config, model, resolved, driver))
@@ -400,7 +402,7 @@ def _summary(
         f" {held} experts a rank; context {sizing.max_model_len},"
         f" KV cache {sizing.cache_bytes / 2**20:.0f} MiB a rank; kernels: {kernels},"
         f" deterministic {config.deterministic}"
-        + (", payload int8 (untested among GPUs)" if resolved.payload == "int8" else "")
+        + (", payload int8" if resolved.payload == "int8" else "")
         + (f"; {overlap}" if overlap else "")
         + _host_tier_text(sizing)
         + _overflow_text(config, resolved)

@@ -31,6 +31,8 @@ EXCHANGE_STAGES = frozenset({"route", "dispatch", "exchange", "combine", *TRANSP
 _COMMUNICATION_KERNELS = ("ncclDevKernel", "ncclKernel", "exchange_")
 _STAGE_OF_KERNEL = {
     "exchange_combine": "combine",
+    "exchange_give": "combine",
+    "exchange_sum": "combine",
     "exchange_": "dispatch",
     "grouped_gemm": "experts",
     "quant_gemm": "experts",

@@ -29,7 +29,12 @@ def row(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 
     with running_engine(config, 4, 64, new_balancer) as engine:
         workload = Workload.of(engine, 3, 20, config.model.num_experts_per_tok)
-        return measure(engine, balancers[0], workload, 30, 2000)
+        measured = measure(engine, balancers[0], workload, 30, 2000)
+        report = engine.load().balance
+    assert report is not None
+    assert report.moved_bytes == measured["moved_bytes"]
+    assert report.num_moved_experts >= report.num_migrations
+    return measured
 
 
 def test_experts_move_and_tokens_stay(row: dict[str, object]) -> None:

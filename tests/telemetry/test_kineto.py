@@ -93,6 +93,12 @@ def test_kernels_of_a_graph_are_known_by_their_names() -> None:
     assert [one.role for one in found] == ["communication"] * 2 + ["compute"] * 3
 
 
+@pytest.mark.parametrize("name", ["exchange_give", "exchange_sum_bf16"])
+def test_what_takes_results_home_belongs_to_combine(name: str) -> None:
+    (found,) = read(launch(20, 1), event("kernel", name, 100, 101, correlation=1))
+    assert (found.stage, found.role) == ("combine", "communication")
+
+
 def test_what_was_launched_outside_the_steps_is_left_out() -> None:
     found = read(
         launch(250, 1),

@@ -1,9 +1,12 @@
 // From router logits, or from the hidden rows and the router's weights, to experts, weights and the
 // permutation of the pairs, in one launch. topk_gate_choose.cuh chooses, topk_gate_sort.cuh sorts,
-// topk_gate_router.cuh multiplies; host/topk_gate.cpp says how many CTAs work.
+// topk_gate_mma.cuh, topk_gate_tiles.cuh and topk_gate_router.cuh multiply; host/topk_gate.cpp says
+// how many CTAs work.
 #include "topk_gate_choose.cuh"
+#include "topk_gate_mma.cuh"
 #include "topk_gate_router.cuh"
 #include "topk_gate_sort.cuh"
+#include "topk_gate_tiles.cuh"
 
 namespace light::gate {
 
@@ -60,31 +63,79 @@ struct GivenLogits {
   }
 };
 
+// Sums over parts of the depth, in order; in halves: the first half's sum and that of the rest.
+template <int kPartDepth, bool kInHalves>
 struct SummedLogits {
-  const float *partials;  // [T, splits, E]
-  int num_experts, num_splits;
+  const float *partials;  // [T, parts, E]
+  int num_experts, width;
+
+  __device__ int num_parts() const { return (width + kPartDepth - 1) / kPartDepth; }
+  __device__ int num_first() const {
+    return kInHalves ? first_slices_of(num_parts()) : num_parts();
+  }
 
   template <int kValues>
   __device__ void load(int token, int first, float (&values)[kValues]) const {
-    const float *row = partials + (long long)token * num_splits * num_experts;
-    load_values(row, first, num_experts, values);
-#pragma unroll 8
-    for (int split = 1; split < num_splits; ++split) {
-      float part[kValues];
-      load_values(row + split * num_experts, first, num_experts, part);
+    // Parts on their way, as many as registers allow.
+    constexpr int kAtOnce = kValues <= 2 ? 16 : kValues <= 8 ? 32 / kValues : 1;
+    const float *row = partials + (long long)token * num_parts() * num_experts;
+    float firsts[kValues];
+    clear(values);
+    clear(firsts);
+    for (int begin = 0; begin < num_parts(); begin += kAtOnce) {
+      float parts[kAtOnce][kValues];
 #pragma unroll
-      for (int i = 0; i < kValues; ++i) {
-        values[i] += part[i];
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (begin + i < num_parts()) {
+          load_values(row + (begin + i) * num_experts, first, num_experts, parts[i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (kInHalves && begin + i == num_first()) {
+          copy(values, firsts);
+          clear(values);
+        }
+        if (begin + i < num_parts()) {
+          add(parts[i], values);
+        }
       }
     }
+    add(firsts, values);
   }
   __device__ float logit(int token, int expert) const {
-    const float *part = partials + (long long)token * num_splits * num_experts + expert;
-    float sum = __ldcg(part);
-    for (int split = 1; split < num_splits; ++split) {
-      sum += __ldcg(part + split * num_experts);
+    const float *part = partials + (long long)token * num_parts() * num_experts + expert;
+    float first = 0.0f, sum = 0.0f;
+    for (int i = 0; i < num_first(); ++i) {
+      first += __ldcg(part + i * num_experts);
     }
-    return sum;
+    for (int i = num_first(); i < num_parts(); ++i) {
+      sum += __ldcg(part + i * num_experts);
+    }
+    return first + sum;
+  }
+
+ private:
+  template <int kValues>
+  static __device__ void clear(float (&values)[kValues]) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      values[i] = 0.0f;
+    }
+  }
+  template <int kValues>
+  static __device__ void copy(const float (&source)[kValues], float (&target)[kValues]) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      target[i] = source[i];
+    }
+  }
+  template <int kValues>
+  static __device__ void add(const float (&addend)[kValues], float (&values)[kValues]) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      values[i] = addend[i] + values[i];
+    }
   }
 };
 
@@ -223,9 +274,14 @@ __device__ void gate_from_hidden(const light_topk_gate_args &args) {
   Exchange *exchange = static_cast<Exchange *>(args.sort.workspace);
   float *partials = reinterpret_cast<float *>(exchange + 1);
   extern __shared__ __align__(16) char shared[];
-  RouterTeam<Hidden, Router> team(args.hidden, args.router_weight, num_experts, args.width,
-                                  reinterpret_cast<float *>(shared));
-  write_partials(team, partials, args.sort.num_tokens, num_experts);
+  using Mma = RouterMma<Hidden, Router>;
+  if constexpr (Mma::kExists) {
+    write_slices<Mma>(args, partials);
+  } else {
+    RouterTeam<Hidden, Router> team(args.hidden, args.router_weight, num_experts, args.width,
+                                    reinterpret_cast<float *>(shared));
+    write_partials(team, partials, args.sort.num_tokens, num_experts);
+  }
   const int num_ctas = args.sort.num_ctas;
   const int cta = arrive_among_last(&exchange->router_counter, gridDim.x, num_ctas);
   if (cta < 0) {
@@ -235,8 +291,15 @@ __device__ void gate_from_hidden(const light_topk_gate_args &args) {
   if (args.sort.offsets != nullptr) {
     sorter.clear();
   }
-  const SummedLogits source{partials, num_experts, team.num_splits()};
+  const SummedLogits<Mma::kExists ? kSliceDepth : kUnitDepth, Mma::kExists> source{
+      partials, num_experts, args.width};
   route<0>(args, source, cta, sorter);
+}
+
+template <typename Scalar, int kExperts, int kTokens>
+__device__ void router_tiles(const light_router_logits_args &args) {
+  extern __shared__ __align__(16) char shared[];
+  RouterTiles<RouterMma<Scalar, Scalar>, kExperts, kTokens>(args, shared).write_all();
 }
 
 template <typename Hidden, typename Router>
@@ -275,15 +338,29 @@ __device__ void sort_given_pairs(const light_sort_pairs_args &args) {
   LIGHT_GATE_FROM_LOGITS(f32_e##size, size, float)       \
   LIGHT_GATE_FROM_LOGITS(f16_e##size, size, __half)      \
   LIGHT_GATE_FROM_LOGITS(bf16_e##size, size, __nv_bfloat16)
-#define LIGHT_GATE_FROM_HIDDEN(name, Hidden, Router)                                  \
-  extern "C" __global__ void __launch_bounds__(512, 1)                                \
-      topk_gate_router_##name(const __grid_constant__ light_topk_gate_args args) {    \
-    light::gate::gate_from_hidden<Hidden, Router>(args);                              \
-  }                                                                                   \
-  extern "C" __global__ void __launch_bounds__(512, 1)                                \
-      router_logits_##name(const __grid_constant__ light_router_logits_args args) {   \
-    light::gate::router_logits<Hidden, Router>(args);                                 \
+#define LIGHT_GATE_FROM_HIDDEN(name, Hidden, Router)                               \
+  extern "C" __global__ void __launch_bounds__(512, 1)                             \
+      topk_gate_router_##name(const __grid_constant__ light_topk_gate_args args) { \
+    light::gate::gate_from_hidden<Hidden, Router>(args);                           \
   }
+#define LIGHT_ROUTER_LOGITS(name, Hidden, Router)                                   \
+  extern "C" __global__ void __launch_bounds__(512, 1)                              \
+      router_logits_##name(const __grid_constant__ light_router_logits_args args) { \
+    light::gate::router_logits<Hidden, Router>(args);                               \
+  }
+#define LIGHT_ROUTER_TILE(name, Scalar, experts, tokens)               \
+  extern "C" __global__ void __launch_bounds__(256, 1)                 \
+      router_logits_##name##_e##experts##_t##tokens(                   \
+          const __grid_constant__ light_router_logits_args args) {     \
+    light::gate::router_tiles<Scalar, experts, tokens>(args);          \
+  }
+#define LIGHT_ROUTER_TILES(name, Scalar)    \
+  LIGHT_ROUTER_TILE(name, Scalar, 16, 64)   \
+  LIGHT_ROUTER_TILE(name, Scalar, 16, 128)  \
+  LIGHT_ROUTER_TILE(name, Scalar, 32, 64)   \
+  LIGHT_ROUTER_TILE(name, Scalar, 32, 128)  \
+  LIGHT_ROUTER_TILE(name, Scalar, 64, 64)   \
+  LIGHT_ROUTER_TILE(name, Scalar, 64, 128)
 
 LIGHT_GATE_OF_SIZE(8)
 LIGHT_GATE_OF_SIZE(32)
@@ -295,6 +372,18 @@ LIGHT_GATE_FROM_HIDDEN(f16_f16, __half, __half)
 LIGHT_GATE_FROM_HIDDEN(f16_f32, __half, float)
 LIGHT_GATE_FROM_HIDDEN(bf16_bf16, __nv_bfloat16, __nv_bfloat16)
 LIGHT_GATE_FROM_HIDDEN(bf16_f32, __nv_bfloat16, float)
+LIGHT_ROUTER_LOGITS(f16_f32, __half, float)
+LIGHT_ROUTER_LOGITS(bf16_f32, __nv_bfloat16, float)
+LIGHT_ROUTER_TILES(f16, __half)
+#if __CUDA_ARCH__ >= 800
+LIGHT_ROUTER_TILES(bf16, __nv_bfloat16)
+#else
+LIGHT_ROUTER_LOGITS(bf16_bf16, __nv_bfloat16, __nv_bfloat16)
+#endif
+#if __CUDA_ARCH__ >= 900
+LIGHT_ROUTER_TILE(f16, __half, 128, 128)
+LIGHT_ROUTER_TILE(bf16, __nv_bfloat16, 128, 128)
+#endif
 
 extern "C" __global__ void __launch_bounds__(1024, 1)
     sort_pairs(const __grid_constant__ light_sort_pairs_args args) {

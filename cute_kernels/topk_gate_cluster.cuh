@@ -32,6 +32,12 @@ __device__ inline unsigned address_in(int rank, const void *pointer) {
   return address;
 }
 
+// Two neighbours to an address in a CTA of the cluster.
+__device__ inline void store_in_cluster(unsigned address, float first, float second) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(first), "f"(second)
+               : "memory");
+}
+
 // `arrivals` is complete when so many bytes were stored through it.
 __device__ inline void expect_bytes(unsigned long long *arrivals, int num_bytes) {
   const unsigned address = shared_address(arrivals);
@@ -58,6 +64,8 @@ __device__ inline void wait_for_bytes(unsigned long long *arrivals) {
 __device__ inline constexpr int cluster_ctas() { return 1; }
 __device__ inline void cluster_arrive() {}
 __device__ inline void cluster_wait() {}
+__device__ inline unsigned address_in(int, const void *) { return 0; }
+__device__ inline void store_in_cluster(unsigned, float, float) {}
 __device__ inline void expect_bytes(unsigned long long *, int) {}
 __device__ inline void store_counted_in(int, uint2 *, uint2, unsigned long long *) {}
 __device__ inline void wait_for_bytes(unsigned long long *) {}

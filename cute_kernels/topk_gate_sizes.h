@@ -27,7 +27,38 @@ LIGHT_GATE_BOTH constexpr int most_threads(int num_experts) {
 // Tiles of the sort: multiples of the first, up to the second.
 constexpr int kTileTokens = 8, kMaxTileTokens = 256;
 
-// The router product (topk_gate_router.cuh): a unit is 8 experts x 1024 of depth for 4 warps.
+// The router product on the tensor cores (topk_gate_mma.cuh): a logit's products are added up in
+// slices of the depth, the slices in two halves.
+constexpr int kSliceDepth = 256;
+LIGHT_GATE_BOTH constexpr int slices_of(int width) {
+  return (width + kSliceDepth - 1) / kSliceDepth;
+}
+LIGHT_GATE_BOTH constexpr int first_slices_of(int num_slices) { return (num_slices + 1) / 2; }
+
+constexpr int kMmaExperts = 16, kMmaTokens = 8;
+constexpr int kItemExperts = 8;     // of a warp, for few tokens
+constexpr int kWarpsWithItems = 4;  // of a CTA, as long as there are multiprocessors
+constexpr int kBusyWarps = 16;      // of a CTA: with more, too many read the same weights
+
+// Of many tokens (topk_gate_tiles.cuh).
+struct RouterTile {
+  int experts, tokens;
+};
+constexpr int kTileThreads = 256;
+constexpr int kStageDepth = 64;
+constexpr int kTileStages = 4, kTileStagesTuring = 2;
+constexpr RouterTile kRouterTiles[] = {{16, 64},  {16, 128}, {32, 64},  {32, 128},
+                                       {64, 64},  {64, 128}, {128, 128}};
+constexpr int kMostUnpairedExperts = 64;  // of a tile whose two halves are the same CTA's
+
+constexpr int tile_shared_bytes(RouterTile tile, int architecture) {
+  const int stages = architecture >= 80 ? kTileStages : kTileStagesTuring;
+  const int exchange = architecture >= 90 ? tile.experts * tile.tokens * 2 : 0;
+  return stages * (tile.experts + tile.tokens) * kStageDepth * 2 + exchange;
+}
+
+// The router product by fp32 multiply-adds (topk_gate_router.cuh): a unit is 8 experts x 1024 of
+// depth for 4 warps.
 constexpr int kUnitExperts = 8, kUnitDepth = 1024, kTeamWarps = kUnitDepth / 256;
 constexpr int kRouterThreads = 512;
 constexpr int kRouterTokens = 64;
@@ -108,9 +139,9 @@ constexpr int router_shared_bytes() {
 }
 
 constexpr long long workspace_bytes(int num_experts, int num_tokens, int width) {
-  const long long num_splits = (width + kUnitDepth - 1) / kUnitDepth;
   return static_cast<long long>(sizeof(Exchange)) +
-         num_tokens * num_splits * num_experts * static_cast<long long>(sizeof(float));
+         static_cast<long long>(num_tokens) * slices_of(width) * num_experts *
+             static_cast<long long>(sizeof(float));
 }
 
 }  // namespace light::gate

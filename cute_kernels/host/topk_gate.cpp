@@ -13,7 +13,7 @@ namespace {
 
 constexpr const char *kProgram = "topk_gate";
 
-constexpr int kClustersFrom = 90;
+constexpr int kClustersFrom = 90, kBfloatMmaFrom = 80;
 
 using gate::ceil_div;
 using gate::Deal;
@@ -167,6 +167,22 @@ light_status gate_from_logits(light_topk_gate_args args, light_dtype input, int 
                 options_of(deal));
 }
 
+// What topk_gate.cu decides by the architecture that it is compiled for.
+bool multiplies_by_mma(int architecture, light_dtype input, light_dtype router) {
+  return input == router && (input == LIGHT_FLOAT16 || architecture >= kBfloatMmaFrom);
+}
+
+int router_ctas_by_mma(const light_topk_gate_args &args) {
+  const int items = ceil_div(args.sort.num_experts, gate::kItemExperts) *
+                    gate::slices_of(args.width) * ceil_div(args.sort.num_tokens, gate::kMmaTokens);
+  return ceil_div(items, gate::kWarpsWithItems);
+}
+
+int router_ctas(const light_topk_gate_args &args) {
+  return ceil_div(args.sort.num_experts, gate::kUnitExperts) *
+         ceil_div(args.width, gate::kUnitDepth) * args.sort.num_tokens;
+}
+
 light_status gate_from_hidden(light_topk_gate_args args, light_dtype input, light_dtype router,
                               int max_ctas, light_stream stream) {
   light_pair_sort &sort = args.sort;
@@ -187,10 +203,31 @@ light_status gate_from_hidden(light_topk_gate_args args, light_dtype input, ligh
   const Deal deal = gate::deal_out_router(sort.num_tokens, sort.num_experts, device);
   deal.apply(&sort);
   LIGHT_TRY(find(shared_bytes(deal, sort.num_experts), &kernel));
-  const int num_units = ceil_div(sort.num_experts, gate::kUnitExperts) *
-                        ceil_div(args.width, gate::kUnitDepth);
-  const int grid = std::clamp(num_units * sort.num_tokens, deal.num_ctas, device.most_ctas);
+  const bool by_mma = multiplies_by_mma(kernel->architecture, input, router);
+  const int wanted = by_mma ? router_ctas_by_mma(args) : router_ctas(args);
+  const int grid = std::clamp(wanted, deal.num_ctas, device.most_ctas);
   return launch(*kernel, {static_cast<unsigned int>(grid)}, args, stream);
+}
+
+// On Hopper a tile is a cluster's, a half of the depth for each of its two CTAs.
+light_status router_tiles(const light_router_logits_args &args, light_dtype input,
+                          const Kernel &any, int max_ctas, light_stream stream) {
+  const int ctas_per_tile = any.architecture >= kClustersFrom ? 2 : 1;
+  const int most = std::max(device_of(any, max_ctas).most_ctas / ctas_per_tile, 1);
+  const gate::RouterTile tile = gate::choose_router_tile(
+      args.num_tokens, args.num_experts,
+      ctas_per_tile == 2 ? gate::kMaxExperts : gate::kMostUnpairedExperts, most);
+  const std::string name = "router_logits_" + dtype_name(input) + "_e" +
+                           std::to_string(tile.experts) + "_t" + std::to_string(tile.tokens);
+  const Kernel *kernel = nullptr;
+  LIGHT_TRY(find_kernel(kProgram, name, gate::kTileThreads,
+                        gate::tile_shared_bytes(tile, any.architecture), &kernel));
+  const int num_tiles =
+      ceil_div(args.num_experts, tile.experts) * ceil_div(args.num_tokens, tile.tokens);
+  LaunchOptions options;
+  options.cluster = ctas_per_tile == 2 ? 2 : 0;
+  return launch(*kernel, {static_cast<unsigned int>(std::min(num_tiles, most) * ctas_per_tile)},
+                args, stream, options);
 }
 
 }  // namespace
@@ -232,10 +269,18 @@ light_status light_router_logits(const light_router_logits_args *args, light_dty
   if (args->hidden == nullptr || args->router_weight == nullptr || args->logits == nullptr) {
     return fail(LIGHT_BAD_ARGUMENT, "router_logits: hidden, router_weight or logits is null");
   }
-  const std::string name = "router_logits_" + dtype_name(input) + "_" + dtype_name(router);
+  // A kernel that every architecture has tells which one it is.
   const Kernel *kernel = nullptr;
-  LIGHT_TRY(find_kernel(kProgram, name, gate::kRouterThreads, gate::router_shared_bytes(),
-                        &kernel));
+  const auto find = [&](light_dtype router_dtype) {
+    const std::string name =
+        "router_logits_" + dtype_name(input) + "_" + dtype_name(router_dtype);
+    return find_kernel(kProgram, name, gate::kRouterThreads, gate::router_shared_bytes(), &kernel);
+  };
+  LIGHT_TRY(find(LIGHT_FLOAT32));
+  if (multiplies_by_mma(kernel->architecture, input, router)) {
+    return router_tiles(*args, input, *kernel, max_ctas, stream);
+  }
+  LIGHT_TRY(find(router));
   const int most = device_of(*kernel, max_ctas).most_ctas;
   const int num_items = ceil_div(args->num_experts, gate::kUnitExperts) *
                         std::min(args->num_tokens, most * gate::kRouterTokens);

@@ -3,8 +3,6 @@
 
 #include <algorithm>
 
-#include "topk_gate_sizes.h"
-
 namespace light::gate {
 namespace {
 
@@ -82,6 +80,25 @@ Deal deal_out_router(int num_tokens, int num_experts, Device device) {
   }
   const int num_ctas = std::min(ceil_div(num_tokens, num_warps / 2), device.most_ctas);
   return share_out(Meeting::kWorkspace, num_tokens, at_once, num_ctas, num_warps);
+}
+
+// A tile's time is that of its rows on their way to a multiprocessor; half of all multiprocessors
+// at full speed take what the L2 cache can give.
+RouterTile choose_router_tile(int num_tokens, int num_experts, int most_experts, int most_tiles) {
+  RouterTile best = kRouterTiles[0];
+  long long least = -1;
+  for (const RouterTile tile : kRouterTiles) {
+    const long long num_tiles = static_cast<long long>(ceil_div(num_tokens, tile.tokens)) *
+                                ceil_div(num_experts, tile.experts);
+    const long long rounds = (num_tiles + most_tiles - 1) / most_tiles;
+    const long long time =
+        (tile.experts + tile.tokens) * std::max(rounds * most_tiles, 2 * num_tiles);
+    if (tile.experts <= most_experts && (least < 0 || time < least)) {
+      best = tile;
+      least = time;
+    }
+  }
+  return best;
 }
 
 }  // namespace light::gate

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "light_ops.h"
+#include "topk_gate_sizes.h"
 
 namespace light::gate {
 
@@ -35,5 +36,8 @@ Deal deal_out(int num_tokens, int num_experts, int tokens_at_once, bool is_sorte
 
 // The same behind the router product: the last CTAs of 512 threads that are done with it.
 Deal deal_out_router(int num_tokens, int num_experts, Device device);
+
+// Which tile of the router product takes least time, where `most_tiles` are worked on at once.
+RouterTile choose_router_tile(int num_tokens, int num_experts, int most_experts, int most_tiles);
 
 }  // namespace light::gate

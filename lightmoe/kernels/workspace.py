@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BYTES = 3 << 20
+BYTES = 9 << 20
 """Enough for 512 experts and the router product of 64 tokens of width 16384."""
 
 

@@ -198,9 +198,9 @@ def test_the_sort_meets_like_the_gate(
 
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "width", "grid"),
-    [(1, 128, 2048, 32), (4, 128, 2048, 68), (64, 8, 4096, 68), (1, 8, 64, 1), (64, 256, 7168, 68)],
+    [(1, 128, 2048, 32), (9, 128, 2048, 64), (64, 8, 4096, 32), (1, 8, 64, 1), (64, 256, 7168, 68)],
 )
-def test_the_router_product_spreads_its_units(
+def test_the_router_product_spreads_its_items(
     host_library: Path,
     fake_driver: Path,
     kernels: Path,
@@ -210,10 +210,65 @@ def test_the_router_product_spreads_its_units(
     grid: int,
 ) -> None:
     wanted = gate(num_tokens, num_experts, 2, **HIDDEN | {"width": width})
+    hopper = {"FAKE_CAPABILITY": 90}
 
-    launched = one_launch(host_library, fake_driver, kernels, wanted)
+    (line,) = launches(call(host_library, fake_driver, opened(kernels), BIND, wanted, **hopper))
+
+    assert line.startswith(f"launch topk_gate_router_bf16_bf16 grid {grid} block 512 ")
+
+
+@pytest.mark.parametrize(("num_tokens", "grid"), [(1, 32), (4, 68)])
+def test_without_bfloat_mma_a_token_is_an_item(
+    host_library: Path, fake_driver: Path, kernels: Path, num_tokens: int, grid: int
+) -> None:
+    launched = one_launch(host_library, fake_driver, kernels, gate(num_tokens, 128, 2, **HIDDEN))
 
     assert launched[:3] == ("topk_gate_router_bf16_bf16", grid, 512)
+
+
+F16, BF16, F32 = 0, 1, 2
+
+
+@pytest.mark.parametrize(
+    ("capability", "num_tokens", "num_experts", "input_dtype", "router", "max_ctas", "launched"),
+    [
+        (90, 8192, 128, BF16, BF16, 0, "bf16_e128_t128 grid 68 block 256 shared 163840"),
+        (90, 1024, 128, BF16, BF16, 0, "bf16_e64_t128 grid 32 block 256 shared 114688"),
+        (90, 65, 8, F16, F16, 0, "f16_e16_t64 grid 4 block 256 shared 43008"),
+        (90, 8192, 128, BF16, BF16, 5, "bf16_e128_t128 grid 4 block 256 shared 163840"),
+        (90, 8192, 128, BF16, F32, 0, "bf16_f32 grid 68 block 512 shared 32768"),
+        (75, 8192, 128, F16, F16, 0, "f16_e64_t128 grid 68 block 256 shared 49152"),
+        (75, 8192, 128, BF16, BF16, 0, "bf16_bf16 grid 68 block 512 shared 32768"),
+        (80, 8192, 128, BF16, BF16, 0, "bf16_e64_t128 grid 68 block 256 shared 98304"),
+        (80, 70, 256, F16, F16, 0, "f16_e16_t64 grid 32 block 256 shared 40960"),
+    ],
+)
+def test_tiles_of_the_router_product(
+    host_library: Path,
+    fake_driver: Path,
+    kernels: Path,
+    capability: int,
+    num_tokens: int,
+    num_experts: int,
+    input_dtype: int,
+    router: int,
+    max_ctas: int,
+    launched: str,
+) -> None:
+    (kernels / "80").mkdir()
+    (kernels / "80" / "topk_gate.cubin").write_text("image")
+    arguments = {"hidden": 16, "router_weight": 16, "logits": 16, "width": 2048, "stream": 7}
+    arguments |= {"num_tokens": num_tokens, "num_experts": num_experts, "max_ctas": max_ctas}
+    arguments |= {"input": input_dtype, "router": router}
+    wanted: Call = ("router_logits", [], arguments)
+    told = {"FAKE_CAPABILITY": capability}
+
+    (line,) = launches(call(host_library, fake_driver, opened(kernels), BIND, wanted, **told))
+
+    assert line.startswith(f"launch router_logits_{launched} ")
+    paired = capability == 90 and "_t" in launched
+    attributes = [CLUSTER] * paired + [OVERLAPPED] * (capability == 90)
+    assert line.partition("attributes")[2].split() == [str(number) for number in attributes]
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,31 @@ def test_the_router_product_has_the_same_bits_in_any_company(
         assert_sorted(sort[0], num_experts, sort[2:])
 
 
+@pytest.mark.parametrize("dtype_name", half_dtypes())
+@pytest.mark.parametrize(
+    ("num_experts", "width"), [(8, 4096), (64, 2048), (128, 2048), (128, 264), (300, 1032)]
+)
+def test_every_tile_of_the_router_product_has_the_same_bits(
+    num_experts: int, width: int, dtype_name: str
+) -> None:
+    dtype = getattr(torch, dtype_name)
+    generator = torch.Generator("cuda").manual_seed(num_experts)
+    hidden = torch.randn(9001, width, device="cuda", generator=generator).to(dtype)
+    router = torch.randn(num_experts, width, device="cuda", generator=generator) / width**0.5
+    router = router.to(dtype)
+
+    experts, weights = topk_gate(hidden, router, 2, renormalize=False)
+
+    exact = (hidden.double() @ router.double().t()).softmax(dim=1)
+    torch.testing.assert_close(
+        weights.double(), exact.gather(1, experts.long()), rtol=1e-4, atol=1e-7
+    )
+    for begin, end in [(8937, 9001), (17, 82), (5000, 5300), (3, 1003), (4000, 7000)]:
+        part = topk_gate(hidden[begin:end].clone(), router, 2, renormalize=False)
+        assert torch.equal(part[0], experts[begin:end])
+        assert torch.equal(part[1], weights[begin:end])
+
+
 @pytest.mark.parametrize(("num_experts", "num_per_token"), [(8, 2), (10, 3), (64, 6), (512, 16)])
 def test_sort_of_given_experts(num_experts: int, num_per_token: int) -> None:
     for num_tokens in (0, 1, 40, 333, 6000):

@@ -1,258 +1,223 @@
 // The sequential part of a route, by one warp: a lane stands for a rank and keeps its load in a
-// register. Pools whose ranks are disjoint do not see each other, so those of a batch have their
-// turn together; every pool comes after all earlier ones that share a rank with it, and the result
-// is that of one turn after the other.
+// register. Most pools have two ranks or three, and those whose ranks are disjoint do not see each
+// other: they form batches that have their turn together, each pool behind all earlier ones that
+// share a rank with it. The others come one after the other. The result is that of one turn after
+// the other in the order of all pools.
 #pragma once
 
 #include "route_tables.cuh"
 
 namespace light::route {
 
+// kRanksPerLane: 1, or 2 where there are more than 32 ranks.
 template <int kRanksPerLane>
-struct RanksOfLanes {
-  using Type = unsigned;
-};
-template <>
-struct RanksOfLanes<2> {
-  using Type = RankSet;
-};
-
-// kRanksPerLane: 1, or 2 where there are more than 32 ranks. kFewest: a pool's tokens all go to the
-// rank that has the fewest experts; else they are poured level over its ranks.
-template <int kRanksPerLane, bool kFewest>
 class Pouring {
  public:
-  __device__ Pouring(const light_route_split_args &args, const Tables &tables)
-      : args_(args), tables_(tables) {
+  __device__ Pouring(const light_route_split_args &args, const Tables &tables, int num_pools)
+      : args_(args), tables_(tables), num_pools_(num_pools) {
 #pragma unroll
     for (int slot = 0; slot < kRanksPerLane; ++slot) {
       const bool exists = rank_of(slot) < args.num_ranks;
-      shares_[slot] = tables.starts + (exists ? rank_of(slot) : 0);
       // The last row of seats is nobody's.
-      const int nobody = (args.num_experts + kSeatRowsBehind - 1) * args.num_ranks;
-      seats_[slot] = tables.seats + (exists ? rank_of(slot) : nobody);
+      const int nobody = most_batches(args.num_experts, args.num_ranks) * args.num_ranks;
+      first_seat_[slot] = exists ? rank_of(slot) : nobody;
       seat_step_[slot] = exists ? args.num_ranks : 0;
+      load_[slot] = exists ? tables.rank_load[rank_of(slot)] : 0;
       reciprocals_[slot] = 0xffffffffu / (rank_of(slot) + 1);
     }
   }
 
-  // Puts each pool into the first batch behind those of its ranks.
-  __device__ void make_batches(int num_pools) {
-    const int last = num_pools - 1;
+  // Pours every pool level over its ranks. Seats have to be cleared.
+  __device__ void level() {
+    make_batches();
+    sweep([this](int pool, RankSet ranks, const int (&base)[kRanksPerLane],
+                 int (&poured)[kRanksPerLane]) { pour(pool, ranks, base, poured); },
+          [](int share) { return share; });
+    give();
+  }
+
+  // Puts all tokens of a pool to the rank that has the fewest of them.
+  __device__ void gather() {
+    sweep([this](int pool, RankSet ranks, const int (&base)[kRanksPerLane],
+                 int (&poured)[kRanksPerLane]) { choose(pool, ranks, base, poured); },
+          [](int share) { return share > 0; });
+  }
+
+ private:
+  static constexpr int kFew = 3;
+  // More than three loads, and still three of these are an int.
+  static constexpr int kOutOfReach = 1 << (kTokenBits + 3);
+  static constexpr int kRankBits = 8, kPoolShift = 2 * kRankBits;
+  static constexpr unsigned kSecond = 1u << 31;
+
+  // Each pool joins the first batch behind those of its ranks, up to the first one that has too
+  // many ranks or finds no batch.
+  __device__ void make_batches() {
+    const int last = num_pools_ - 1;
     int next[kRanksPerLane] = {};
     int pool = tables_.order[0], following = tables_.order[min(1, last)];
-    Ranks ranks = tables_.ranks_of[pool];
-    for (int i = 0; i < num_pools; ++i) {
-      const int after = tables_.order[min(i + 2, last)];  // what comes next is on its way
-      const Ranks following_ranks = tables_.ranks_of[following];
+    RankSet ranks = tables_.ranks_of[pool];
+    int tokens = tables_.pooled[pool];
+    while (num_batched_ < num_pools_ && __popcll(ranks) <= kFew) {
+      // What comes next is on its way.
+      const int after = tables_.order[min(num_batched_ + 2, last)];
+      const RankSet following_ranks = tables_.ranks_of[following];
+      const int following_tokens = tables_.pooled[following];
       int batch = 0;
 #pragma unroll
       for (int slot = 0; slot < kRanksPerLane; ++slot) {
-        batch = max(batch, ranks >> rank_of(slot) & 1 ? next[slot] : 0);
+        batch = max(batch, is_in(ranks, rank_of(slot)) ? next[slot] : 0);
       }
       batch = largest_of_lanes(batch);
+      if (batch >= most_batches(args_.num_experts, args_.num_ranks)) {
+        break;
+      }
 #pragma unroll
       for (int slot = 0; slot < kRanksPerLane; ++slot) {
-        if (ranks >> rank_of(slot) & 1) {
+        if (is_in(ranks, rank_of(slot))) {
           next[slot] = batch + 1;
-          const int place = size_of(ranks & ((Ranks{1} << rank_of(slot)) - 1));
-          seats_[slot][batch * seat_step_[slot]] = pool << kPlaceBits | min(place, kFew);
+          tables_.seats[seat_in(batch, slot)] = seat_of(pool, ranks, tokens, slot);
         }
       }
-      if (threadIdx.x == 0) {
-        unsigned char &most_copies = tables_.most_copies[batch];
-        most_copies = max(static_cast<int>(most_copies), size_of(ranks));
-      }
       num_batches_ = max(num_batches_, batch + 1);
+      ++num_batched_;
       pool = following;
       following = after;
       ranks = following_ranks;
+      tokens = following_tokens;
     }
     __syncwarp();
   }
 
+  __device__ int seat_in(int batch, int slot) const {
+    return first_seat_[slot] + batch * seat_step_[slot];
+  }
+
+  // The level is the least to which the water would rise in any of the sets of vessels, so what a
+  // rank gets is the least that it would get in a set with itself. Of n vessels that stand together
+  // the i-th gets (sum + n - 1 - i) / n, rounded down: together that is the sum.
+  __device__ static Seat seat_of(int pool, RankSet ranks, int tokens, int slot) {
+    const RankSet own = RankSet{1} << rank_of(slot), others = ranks & ~own;
+    const int place = __popcll(ranks & (own - 1)), low = lowest(others);
+    const RankSet high_one = without_lowest(others);
+    const int high = high_one == 0 ? low : lowest(high_one);
+    // Of three, the second one is before the high one, but not before the low one.
+    const int next = place == 1 ? high : low, other = place == 1 ? low : high;
+    return {tokens, tokens + (place < 2), high_one == 0 ? kOutOfReach : tokens + 2 - place,
+            next | other << kRankBits | pool << kPoolShift | (place == 1 ? kSecond : 0)};
+  }
+
   // Sweeps until nothing changes, at most `args.sweeps`. The first one gives the tokens their
   // places.
-  __device__ void sweep() {
-#pragma unroll
-    for (int slot = 0; slot < kRanksPerLane; ++slot) {
-      load_[slot] = rank_of(slot) < args_.num_ranks ? tables_.rank_load[rank_of(slot)] : 0;
-    }
+  template <class Turn, class Weight>
+  __device__ void sweep(Turn turn, Weight weight_of) {
     bool changed = true;
     for (int i = 0; i < max(args_.sweeps, 1) && changed; ++i) {
-      changed = sweep_once();
-    }
-  }
-
- private:
-  using Ranks = typename RanksOfLanes<kRanksPerLane>::Type;
-  static constexpr int kFew = 3;  // ranks that are poured over without a vote
-
-  // What a rank needs to know of the pool whose turn it is there.
-  struct Turn {
-    int number, place;  // the pool's, and the rank's in it
-    int *share, given;
-    int here;  // kFewest: tokens of the rank's own
-    Pool pool;
-    unsigned next, other;  // ranks, in the lowest bits
-
-    __device__ void find_others() {
-      next = pool.next >> 8 * place;
-      other = pool.other >> 8 * place;
-    }
-  };
-
-  __device__ static int rank_of(int slot) { return threadIdx.x % 32 + 32 * slot; }
-  __device__ static int size_of(Ranks ranks) { return __popcll(ranks); }
-
-  __device__ int seat_in(int batch, int slot) const {
-    return seats_[slot][batch * seat_step_[slot]];
-  }
-
-  __device__ Turn turn_of(int seat, int slot) const {
-    Turn turn;
-    turn.number = seat >> kPlaceBits;
-    turn.place = seat & ((1 << kPlaceBits) - 1);
-    turn.share = shares_[slot] + turn.number * tables_.stride;
-    turn.given = *turn.share;
-    turn.pool = tables_.pools[turn.number];
-    if (kFewest) {
-      const bool exists = turn.number < args_.num_experts;
-      turn.here = exists ? count_of(args_, rank_of(slot), turn.number) : 0;
-    }
-    return turn;
-  }
-
-  // What the next batches need is on its way while this one is computed.
-  __device__ bool sweep_once() {
-    Turn turns[kRanksPerLane];
-    int following[kRanksPerLane];
-#pragma unroll
-    for (int slot = 0; slot < kRanksPerLane; ++slot) {
-      turns[slot] = turn_of(seat_in(0, slot), slot);
-      turns[slot].find_others();
-      following[slot] = seat_in(1, slot);
-    }
-    int most_copies = tables_.most_copies[0];
-    bool changed = false;
+      changed = false;
 #pragma unroll 1
-    for (int batch = 0; batch < num_batches_; ++batch) {
-      int base[kRanksPerLane], next[kRanksPerLane], other[kRanksPerLane], poured[kRanksPerLane];
-#pragma unroll
-      for (int slot = 0; slot < kRanksPerLane; ++slot) {
-        base[slot] = load_[slot] - weight_of(turns[slot].given);
+      for (int batch = 0; batch < num_batches_; batch += kBatchesAtOnce) {
+        changed |= take_batches(batch);
       }
-#pragma unroll
-      for (int slot = 0; slot < kRanksPerLane && !kFewest; ++slot) {
-        next[slot] = value_of(base, turns[slot].next);
-        other[slot] = value_of(base, turns[slot].other);
-      }
-      const int copies = most_copies;
-      most_copies = tables_.most_copies[batch + 1];
-      Turn following_turns[kRanksPerLane];
-#pragma unroll
-      for (int slot = 0; slot < kRanksPerLane; ++slot) {
-        following_turns[slot] = turn_of(following[slot], slot);
-        following[slot] = seat_in(batch + 2, slot);
-      }
-      if constexpr (kFewest) {
-        choose(turns, copies, base, poured);
-      } else if (copies <= kFew) {
-        pour_over_few(turns, base, next, other, poured);
-      } else {
-        pour_over_many(turns, copies, base, poured);
-      }
-#pragma unroll
-      for (int slot = 0; slot < kRanksPerLane; ++slot) {
-        load_[slot] = base[slot] + weight_of(poured[slot]);
-        if (poured[slot] != turns[slot].given) {
-          changed = true;
-          *turns[slot].share = poured[slot];
-        }
-        turns[slot] = following_turns[slot];
-        turns[slot].find_others();
-      }
+      changed |= take_pools(turn, weight_of);
+      changed = __any_sync(kAllLanes, changed);
     }
-    return __any_sync(kAllLanes, changed);
   }
 
-  // What a rank's share of a pool adds to its load.
-  __device__ static int weight_of(int share) { return kFewest ? share > 0 : share; }
-
-  // The value of another rank. Lanes may ask for any; what they get of none means nothing.
-  __device__ static int value_of(const int (&values)[kRanksPerLane], unsigned rank) {
-    int value = __shfl_sync(kAllLanes, values[0], rank);
-    if constexpr (kRanksPerLane == 2) {
-      const int upper = __shfl_sync(kAllLanes, values[1], rank);
-      value = rank & 32 ? upper : value;
-    }
-    return value;
-  }
-
-  // The level is the least to which the water would rise in any of the sets of vessels, so what
-  // this one gets is the least that it would get in a set with itself. Of n vessels that stand
-  // together, the i-th gets (sum + n - 1 - i) / n, rounded down: together that is the sum.
-  __device__ static void pour_over_few(const Turn (&turns)[kRanksPerLane],
-                                       const int (&base)[kRanksPerLane],
-                                       const int (&next)[kRanksPerLane],
-                                       const int (&other)[kRanksPerLane],
-                                       int (&poured)[kRanksPerLane]) {
+  __device__ bool take_batches(int first) {
+    Seat seats[kBatchesAtOnce][kRanksPerLane];
+    int given[kBatchesAtOnce][kRanksPerLane];
 #pragma unroll
-    for (int slot = 0; slot < kRanksPerLane; ++slot) {
-      const Pool &pool = turns[slot].pool;
-      const int place = turns[slot].place, ground = base[slot];
-      // The second rank is before the third, its next, but not before the first.
-      const int lower = min(next[slot], other[slot] - (place == 1));
-      const int of_two = (pool.tokens + (place < 2) - ground + lower) >> 1;
-      const int of_three = third_of(pool.of_three - place - 2 * ground + next[slot] + other[slot]);
-      poured[slot] = max(min(min(of_two, of_three), pool.tokens), 0);
+    for (int i = 0; i < kBatchesAtOnce; ++i) {
+#pragma unroll
+      for (int slot = 0; slot < kRanksPerLane; ++slot) {
+        seats[i][slot] = tables_.seats[seat_in(first + i, slot)];
+        given[i][slot] = tables_.given[seat_in(first + i, slot)];
+      }
     }
+    bool changed = false;
+#pragma unroll
+    for (int i = 0; i < kBatchesAtOnce; ++i) {
+      int base[kRanksPerLane];
+#pragma unroll
+      for (int slot = 0; slot < kRanksPerLane; ++slot) {
+        base[slot] = load_[slot] - given[i][slot];
+      }
+#pragma unroll
+      for (int slot = 0; slot < kRanksPerLane; ++slot) {
+        const Seat &seat = seats[i][slot];
+        const int next = value_of(base, seat.others);
+        const int other = value_of(base, seat.others >> kRankBits);
+        const int lower = min(next, other - static_cast<int>(seat.others / kSecond));
+        const int of_two = (seat.of_two - base[slot] + lower) >> 1;
+        const int of_three = third_of(seat.of_three - 2 * base[slot] + next + other);
+        const int poured = max(min(min(of_two, of_three), seat.tokens), 0);
+        load_[slot] = base[slot] + poured;
+        tables_.given[seat_in(first + i, slot)] = poured;
+        changed |= poured != given[i][slot];
+      }
+    }
+    return changed;
   }
 
   // Rounded down, of what is below 2^31.
   __device__ static int third_of(int value) { return __mulhi(value, 0x55555556); }
 
-  // Calls visit(rank, whether there is one) for the lowest ranks first, so many times.
-  template <class Visit>
-  __device__ static void for_each_rank(Ranks ranks, int most, Visit visit) {
-#pragma unroll 4
-    for (int i = 0; i < most; ++i) {
-      visit(lowest(ranks), ranks != 0);
-      ranks &= ranks - 1;
+  // Those that are in no batch.
+  template <class Turn, class Weight>
+  __device__ bool take_pools(Turn turn, Weight weight_of) {
+    bool changed = false;
+#pragma unroll 1
+    for (int i = num_batched_; i < num_pools_; ++i) {
+      const int pool = tables_.order[i];
+      const RankSet ranks = tables_.ranks_of[pool];
+      int given[kRanksPerLane], base[kRanksPerLane], poured[kRanksPerLane];
+#pragma unroll
+      for (int slot = 0; slot < kRanksPerLane; ++slot) {
+        given[slot] = is_in(ranks, rank_of(slot)) ? tables_.share(pool, rank_of(slot)) : 0;
+        base[slot] = load_[slot] - weight_of(given[slot]);
+      }
+      turn(pool, ranks, base, poured);
+#pragma unroll
+      for (int slot = 0; slot < kRanksPerLane; ++slot) {
+        load_[slot] = base[slot] + weight_of(poured[slot]);
+        if (poured[slot] != given[slot]) {
+          tables_.share(pool, rank_of(slot)) = poured[slot];
+          changed = true;
+        }
+      }
     }
+    return changed;
   }
 
-  // Any number of vessels: water reaches those to whose ground the lower ones take no more tokens
-  // than there are; these stand level, but for the rest.
-  __device__ void pour_over_many(const Turn (&turns)[kRanksPerLane], int most_copies,
-                                 const int (&base)[kRanksPerLane],
-                                 int (&poured)[kRanksPerLane]) const {
-    Ranks ranks[kRanksPerLane], all_reached = 0;
+  // Any number of vessels: as if the water reached all of them, then without those that are higher
+  // than it would stand, until there are none. The first ones have what is left over.
+  __device__ void pour(int pool, RankSet ranks, const int (&base)[kRanksPerLane],
+                       int (&poured)[kRanksPerLane]) const {
+    const int tokens = tables_.pooled[pool];
+    RankSet reached = 0, left = ranks;
+    int level = 0, rest = 0;
+    while (left != reached) {
+      reached = left;
+      int ground = 0;
+      bool is_below[kRanksPerLane];
 #pragma unroll
-    for (int slot = 0; slot < kRanksPerLane; ++slot) {
-      ranks[slot] = tables_.ranks_of[turns[slot].number];
-      unsigned missing = 0;  // to fill the lower ones up to this ground
-      for_each_rank(ranks[slot], most_copies, [&](int rank, bool exists) {
-        const int higher = base[slot] - value_of(base, rank);
-        missing += exists ? max(higher, 0) : 0;
-      });
-      const bool is_reached = missing <= static_cast<unsigned>(turns[slot].pool.tokens);
-      const unsigned votes = __ballot_sync(kAllLanes, is_reached);
-      all_reached |= static_cast<Ranks>(static_cast<RankSet>(votes) << 32 * slot);
+      for (int slot = 0; slot < kRanksPerLane; ++slot) {
+        ground += is_in(reached, rank_of(slot)) ? base[slot] : 0;
+      }
+      const int filled = tokens + sum_of_lanes(ground), count = __popcll(reached);
+      level = divide(filled, count);
+      rest = filled - level * count;
+#pragma unroll
+      for (int slot = 0; slot < kRanksPerLane; ++slot) {
+        is_below[slot] = base[slot] <= level;
+      }
+      left = reached & ranks_where(is_below);
     }
 #pragma unroll
     for (int slot = 0; slot < kRanksPerLane; ++slot) {
-      const Ranks reached = ranks[slot] & all_reached;
-      int filled = turns[slot].pool.tokens;
-      for_each_rank(reached, most_copies, [&](int rank, bool exists) {
-        const int ground = value_of(base, rank);
-        filled += exists ? ground : 0;
-      });
-      const int count = max(size_of(reached), 1), level = divide(filled, count);
-      const Ranks before = reached & ((Ranks{1} << rank_of(slot)) - 1);
-      const bool has_one_more = size_of(before) < filled - level * count;
-      const bool is_reached = reached >> rank_of(slot) & 1;
-      poured[slot] = is_reached ? level + has_one_more - base[slot] : 0;
+      const RankSet own = RankSet{1} << rank_of(slot);
+      const bool has_one_more = __popcll(reached & (own - 1)) < rest;
+      poured[slot] = reached & own ? level + has_one_more - base[slot] : 0;
     }
   }
 
@@ -266,31 +231,53 @@ class Pouring {
 
   // All tokens to the rank with the fewest experts; then to that with most tokens of its own, then
   // to the lowest.
-  __device__ void choose(const Turn (&turns)[kRanksPerLane], int most_copies,
-                         const int (&base)[kRanksPerLane], int (&poured)[kRanksPerLane]) const {
-    int here[kRanksPerLane];
+  __device__ void choose(int pool, RankSet ranks, const int (&base)[kRanksPerLane],
+                         int (&poured)[kRanksPerLane]) const {
+    int here[kRanksPerLane], spare = -kMaxExperts, most = -1;
 #pragma unroll
     for (int slot = 0; slot < kRanksPerLane; ++slot) {
-      here[slot] = turns[slot].here;
+      const bool has_copy = is_in(ranks, rank_of(slot));
+      here[slot] = has_copy ? count_of(args_, rank_of(slot), pool) : -1;
+      spare = max(spare, has_copy ? -base[slot] : spare);
     }
+    spare = largest_of_lanes(spare);
+    bool is_best[kRanksPerLane];
 #pragma unroll
     for (int slot = 0; slot < kRanksPerLane; ++slot) {
-      bool is_best = true;
-      for_each_rank(tables_.ranks_of[turns[slot].number], most_copies, [&](int rank, bool exists) {
-        const int experts = value_of(base, rank), tokens = value_of(here, rank);
-        const bool has_more = tokens > here[slot] - (rank < rank_of(slot));
-        const bool is_better = experts < base[slot] || (experts == base[slot] && has_more);
-        is_best &= !exists || rank == rank_of(slot) || !is_better;
-      });
-      poured[slot] = is_best ? turns[slot].pool.tokens : 0;
+      is_best[slot] = here[slot] >= 0 && base[slot] == -spare;
+      most = max(most, is_best[slot] ? here[slot] : -1);
+    }
+    most = largest_of_lanes(most);
+#pragma unroll
+    for (int slot = 0; slot < kRanksPerLane; ++slot) {
+      is_best[slot] = is_best[slot] && here[slot] == most;
+    }
+    const int best = lowest(ranks_where(is_best));
+#pragma unroll
+    for (int slot = 0; slot < kRanksPerLane; ++slot) {
+      poured[slot] = rank_of(slot) == best ? tables_.pooled[pool] : 0;
+    }
+  }
+
+  // What batches gave becomes the pools' shares.
+  __device__ void give() const {
+    for (int batch = 0; batch < num_batches_; ++batch) {
+#pragma unroll
+      for (int slot = 0; slot < kRanksPerLane; ++slot) {
+        const Seat seat = tables_.seats[seat_in(batch, slot)];
+        if (seat.tokens > 0) {
+          const int pool = (seat.others & ~kSecond) >> kPoolShift;
+          tables_.share(pool, rank_of(slot)) = tables_.given[seat_in(batch, slot)];
+        }
+      }
     }
   }
 
   const light_route_split_args &args_;
   const Tables &tables_;
-  int num_batches_ = 0;
-  unsigned short *seats_[kRanksPerLane];  // the lane's columns
-  int *shares_[kRanksPerLane], seat_step_[kRanksPerLane];
+  const int num_pools_;
+  int num_batched_ = 0, num_batches_ = 0;  // pools that are in a batch; batches
+  int first_seat_[kRanksPerLane], seat_step_[kRanksPerLane];  // of the lane's columns
   int load_[kRanksPerLane], reciprocals_[kRanksPerLane];
 };
 

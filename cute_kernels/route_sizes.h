@@ -11,7 +11,6 @@ namespace light::route {
 
 constexpr int kThreads = 512;
 constexpr int kMaxRanks = 64, kMaxExperts = 512;
-constexpr int kSeatRowsBehind = 2;  // rows of seats that are read behind those of as many batches
 static_assert(kMaxExperts <= kThreads, "an expert is a thread's");
 
 // Threads that read a column, of one rank, meet every bank once.
@@ -19,26 +18,45 @@ LIGHT_ROUTE_BOTH constexpr int row_stride(int num_ranks) { return num_ranks | 1;
 
 constexpr int kRanksOfOneLane = 32;
 
-// Where the tables lie behind each other in dynamic shared memory, in bytes. There is one expert
-// more than experts: nobody's, without tokens or copies.
+// Pools that have their turns together are a batch; batches are loaded some at a time.
+constexpr int kBatchesAtOnce = 4, kBytesOfSeat = 20, kBytesOfSeats = 24 << 10;
+LIGHT_ROUTE_BOTH constexpr int most_batches(int num_experts, int num_ranks) {
+  const int room = kBytesOfSeats / (kBytesOfSeat * num_ranks);
+  const int wanted = num_experts + kBatchesAtOnce - 1;
+  return (room < wanted ? room : wanted) / kBatchesAtOnce * kBatchesAtOnce;
+}
+
+// Seats of all batches, and a row behind them that is nobody's.
+LIGHT_ROUTE_BOTH constexpr int num_seats(int num_experts, int num_ranks) {
+  return (most_batches(num_experts, num_ranks) + 1) * num_ranks;
+}
+
+// Where the tables lie behind each other in dynamic shared memory, in bytes. What is listed is gone
+// when seats are taken.
 struct Layout {
-  int ranks_of, listed, pools, keys, rank_load, num_listed, totals, starts, order, next, seats,
-      most_copies, bytes;
+  int listed, seats, given, ranks_of, keys, rank_load, num_listed, totals, pooled, starts, order,
+      next, bytes;
 
   LIGHT_ROUTE_BOTH constexpr Layout(int num_experts, int num_ranks)
-      : ranks_of(0),
-        listed(ranks_of + (num_experts + 2) / 2 * 16),
-        pools(listed + 16 * num_experts),
-        keys(pools + 16 * (num_experts + 1)),
+      : listed(0),
+        seats(0),
+        given(seats + 16 * num_seats(num_experts, num_ranks)),
+        ranks_of(larger(listed + 16 * num_experts,
+                        given + (num_seats(num_experts, num_ranks) + 1) / 2 * 8)),
+        keys(ranks_of + 8 * num_experts),
         rank_load(keys + 8 * num_experts),
         num_listed(rank_load + 4 * num_ranks),
         totals(num_listed + 4),
-        starts(totals + 4 * (num_experts + 1)),
+        pooled(totals + 4 * num_experts),
+        starts(pooled + 4 * num_experts),
         order(starts + 4 * (num_experts + 1) * row_stride(num_ranks)),
         next(order + 2 * num_experts),
-        seats(next + 2 * num_experts),
-        most_copies(seats + 2 * (num_experts + kSeatRowsBehind) * num_ranks),
-        bytes((most_copies + num_experts + 1 + 15) / 16 * 16) {}
+        bytes((next + 2 * num_experts + 15) / 16 * 16) {}
+
+ private:
+  LIGHT_ROUTE_BOTH static constexpr int larger(int one, int other) {
+    return one > other ? one : other;
+  }
 };
 
 }  // namespace light::route

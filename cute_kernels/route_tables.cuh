@@ -9,11 +9,11 @@ namespace light::route {
 enum Route { kHome = 0, kEven = 1, kWaterfill = 2, kFewest = 3 };
 
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWarps = kThreads / 32;
+constexpr int kAtOnce = 4;  // loads that are on their way together
 constexpr int kTokenBits = 26;  // of all pairs of all ranks
 constexpr int kExpertBits = 9;
 constexpr int kNoExpert = kMaxExperts;
-// More than three loads, and still three of these are an int.
-constexpr int kOutOfReach = 1 << (kTokenBits + 3);
 
 using RankSet = unsigned long long;  // a bit for each rank
 
@@ -23,36 +23,31 @@ struct __align__(16) Listed {
   int tokens, expert;
 };
 
-// What a turn needs of a pool: its tokens and, where its ranks are two or three, the next and the
-// other one of the first, second and third rank, a byte each, beginning again behind the last.
-struct __align__(16) Pool {
-  int tokens;
-  unsigned next, other;
-  int of_three;  // tokens, and what makes whole numbers of thirds; of two ranks: out of reach
+// What a rank needs to know of the pool that has its turn there in a batch (route_pour.cuh); all
+// zeros where none has.
+struct __align__(16) Seat {
+  int tokens, of_two, of_three;
+  unsigned others;
 };
-
-// The pool whose turn a batch is on a rank, and which of the pool's ranks that is, where they are
-// few.
-using Seat = unsigned short;
-constexpr int kPlaceBits = 2;
+static_assert(sizeof(Seat) + sizeof(int) == kBytesOfSeat, "the other four are what it gave");
 
 // A pool is all experts of the same ranks, and has the number of the first of them. Where an
 // expert's tokens stay together, each is a pool.
 struct Tables {
-  RankSet *ranks_of;       // [E + 1] that hold a copy
-  Listed *listed;          // [E] experts with a choice, in any order
-  Pool *pools;             // [E + 1]
+  Listed *listed;            // [E] experts with a choice, in any order
+  Seat *seats;               // [batches, W] in the place of what was listed
+  int *given;                // [batches, W] tokens that the pool has there
+  RankSet *ranks_of;         // [E] that hold a copy
   unsigned long long *keys;  // [E] of what is listed: the larger, the earlier its pool; 0: none
-  int *tile_offsets;       // [E + 1] in the place of the keys, once those were used
-  int *rank_load;          // [W] before the first turn: tokens, or experts where those count
+  int *tile_offsets;         // [E + 1] in the place of the keys, once those were used
+  int *rank_load;            // [W] before the first turn: tokens, or experts where those count
   int *num_listed;
-  int *totals;             // [E + 1] tokens of all ranks
-  int *starts;             // [E + 1, stride] tokens of each pool, then of each expert, on each
-                           // rank; at last those of the experts before it
-  unsigned short *order;   // [E] pools in the order of their turns
-  unsigned short *next;    // [E] the next expert of the pool
-  Seat *seats;             // [batches, W]; nobody's pool is E
-  unsigned char *most_copies;  // [batches] ranks of the pool that has most
+  int *totals;            // [E] tokens of all ranks
+  int *pooled;            // [E] those of a pool
+  int *starts;            // [E + 1, stride] tokens of each pool, then of each expert, on each rank;
+                          // at last those of the experts before it
+  unsigned short *order;  // [E] pools in the order of their turns
+  unsigned short *next;   // [E] the next expert of the pool
   int stride;
 
   __device__ Tables(const light_route_split_args &args, char *memory)
@@ -62,19 +57,19 @@ struct Tables {
 
  private:
   __device__ Tables(const Layout &layout, char *memory, int num_ranks)
-      : ranks_of(reinterpret_cast<RankSet *>(memory + layout.ranks_of)),
-        listed(reinterpret_cast<Listed *>(memory + layout.listed)),
-        pools(reinterpret_cast<Pool *>(memory + layout.pools)),
+      : listed(reinterpret_cast<Listed *>(memory + layout.listed)),
+        seats(reinterpret_cast<Seat *>(memory + layout.seats)),
+        given(reinterpret_cast<int *>(memory + layout.given)),
+        ranks_of(reinterpret_cast<RankSet *>(memory + layout.ranks_of)),
         keys(reinterpret_cast<unsigned long long *>(memory + layout.keys)),
         tile_offsets(reinterpret_cast<int *>(memory + layout.keys)),
         rank_load(reinterpret_cast<int *>(memory + layout.rank_load)),
         num_listed(reinterpret_cast<int *>(memory + layout.num_listed)),
         totals(reinterpret_cast<int *>(memory + layout.totals)),
+        pooled(reinterpret_cast<int *>(memory + layout.pooled)),
         starts(reinterpret_cast<int *>(memory + layout.starts)),
         order(reinterpret_cast<unsigned short *>(memory + layout.order)),
         next(reinterpret_cast<unsigned short *>(memory + layout.next)),
-        seats(reinterpret_cast<Seat *>(memory + layout.seats)),
-        most_copies(reinterpret_cast<unsigned char *>(memory + layout.most_copies)),
         stride(row_stride(num_ranks)) {}
 };
 
@@ -89,12 +84,27 @@ __device__ inline int copy_rank(const light_route_split_args &args, int expert, 
 
 __device__ inline int clamp(int value, int low, int high) { return min(max(value, low), high); }
 
-// As what it is: the same in all lanes.
 __device__ inline int warp_index() { return __shfl_sync(kAllLanes, threadIdx.x / 32, 0); }
 
+// A lane stands for one rank or two.
+__device__ inline int rank_of(int slot) { return threadIdx.x % 32 + 32 * slot; }
+__device__ inline bool is_in(RankSet ranks, int rank) { return ranks >> rank & 1; }
+
 // -1 of none.
-__device__ inline int lowest(unsigned ranks) { return __ffs(ranks) - 1; }
 __device__ inline int lowest(RankSet ranks) { return __ffsll(ranks) - 1; }
+__device__ inline RankSet without_lowest(RankSet ranks) { return ranks & (ranks - 1); }
+
+// The value of a rank, of whose number only the lowest bits are looked at. Lanes may ask for any;
+// what they get of none means nothing.
+template <int kRanksPerLane>
+__device__ int value_of(const int (&values)[kRanksPerLane], unsigned rank) {
+  int value = __shfl_sync(kAllLanes, values[0], rank);
+  if constexpr (kRanksPerLane == 2) {
+    const int upper = __shfl_sync(kAllLanes, values[1], rank);
+    value = rank & 32 ? upper : value;
+  }
+  return value;
+}
 
 __device__ inline int largest_of_lanes(int value) {
 #if __CUDA_ARCH__ >= 800
@@ -128,6 +138,67 @@ __device__ inline int inclusive_scan(int value) {
     value += lane >= offset ? before : 0;
   }
   return value;
+}
+
+// Of each rank's, those before it; `total` becomes all of them.
+template <int kRanksPerLane>
+__device__ void sum_before(const int (&values)[kRanksPerLane], int (&before)[kRanksPerLane],
+                           int &total) {
+  total = 0;
+#pragma unroll
+  for (int slot = 0; slot < kRanksPerLane; ++slot) {
+    const int end = total + inclusive_scan(values[slot]);
+    before[slot] = end - values[slot];
+    total = __shfl_sync(kAllLanes, end, 31);
+  }
+}
+
+// Neighbouring lanes that work together: as many as there are ranks, or half as many.
+struct Group {
+  int num_lanes, num_groups, index, lane;
+
+  __device__ explicit Group(int num_ranks)
+      : num_lanes(num_ranks <= 16 ? 16 : 32),
+        num_groups(num_ranks <= 16 ? 2 * kWarps : kWarps),
+        index(num_ranks <= 16 ? threadIdx.x / 16 : threadIdx.x / 32),
+        lane(num_ranks <= 16 ? threadIdx.x % 16 : threadIdx.x % 32) {}
+
+  template <int kRanksPerLane>
+  __device__ int value_of(const int (&values)[kRanksPerLane], int rank) const {
+    int value = __shfl_sync(kAllLanes, values[0], rank, num_lanes);
+    if constexpr (kRanksPerLane == 2) {
+      const int upper = __shfl_sync(kAllLanes, values[1], rank);
+      value = rank & 32 ? upper : value;
+    }
+    return value;
+  }
+
+  template <int kRanksPerLane>
+  __device__ void sum_before(const int (&values)[kRanksPerLane],
+                             int (&before)[kRanksPerLane]) const {
+    int total = 0;
+#pragma unroll
+    for (int slot = 0; slot < kRanksPerLane; ++slot) {
+      int end = values[slot];
+      for (int offset = 1; offset < num_lanes; offset *= 2) {
+        const int other = __shfl_up_sync(kAllLanes, end, offset, num_lanes);
+        end += lane >= offset ? other : 0;
+      }
+      before[slot] = total + end - values[slot];
+      total += __shfl_sync(kAllLanes, end, num_lanes - 1, num_lanes);
+    }
+  }
+};
+
+// The ranks of which it is true.
+template <int kRanksPerLane>
+__device__ RankSet ranks_where(const bool (&is_true)[kRanksPerLane]) {
+  RankSet ranks = 0;
+#pragma unroll
+  for (int slot = 0; slot < kRanksPerLane; ++slot) {
+    ranks |= static_cast<RankSet>(__ballot_sync(kAllLanes, is_true[slot])) << 32 * slot;
+  }
+  return ranks;
 }
 
 }  // namespace light::route

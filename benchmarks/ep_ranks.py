@@ -224,10 +224,12 @@ class RankLayer:
 
     def graph_of(self, call: Callable[[], object], count: int) -> Callable[[], None]:
         """A replay of `count` calls as one CUDA graph."""
-        call()
+        stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
+            call()  # makes what is kept for a stream
         self.barrier()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             for _ in range(count):
                 call()
         self.barrier()

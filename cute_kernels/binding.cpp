@@ -53,7 +53,7 @@ int grouped_gemm(const py::tuple &groups, const py::tuple &tile, int dtype, Addr
                  Address pair_row, Address weights, long long slot_bytes, Address pair_weight,
                  Address output, Address output_rows, int depth, int num_features, bool swiglu, bool output_float32,
                  int max_ctas, Address split_sums, Address split_tickets, int depth_splits,
-                 bool groups_settled, Address stream) {
+                 bool groups_settled, Address unit_ticket, Address stream) {
   const light_grouped_gemm_args args{read_groups(groups),
                                      pointer<const void>(rows),
                                      pointer<const int>(pair_row),
@@ -69,7 +69,8 @@ int grouped_gemm(const py::tuple &groups, const py::tuple &tile, int dtype, Addr
                                      pointer<void>(split_sums),
                                      pointer<int>(split_tickets),
                                      depth_splits,
-                                     groups_settled};
+                                     groups_settled,
+                                     pointer<unsigned>(unit_ticket)};
   const light_tile instance = read_tile(tile);
   const py::gil_scoped_release released;  // the first launch of an instance loads it
   return light_grouped_gemm(&args, &instance, static_cast<light_dtype>(dtype), max_ctas,
@@ -297,8 +298,8 @@ light_places read_places(const py::tuple &places) {
 
 int exchange_share(const py::tuple &flags, Address experts, Address pair_index, Address prefixes,
                    Address num_real, Address weights, Address hidden, Address published,
-                   Address ticket, long long choice_offset, long long prefix_offset,
-                   long long weight_offset, int num_tokens, int num_rows,
+                   Address ticket, Address load, long long choice_offset,
+                   long long prefix_offset, long long weight_offset, int num_tokens, int num_rows,
                    int num_experts_per_token, int num_experts, int num_chunks, int width_bytes,
                    int max_ctas, Address stream) {
   const light_exchange_share_args args{read_flags(flags),
@@ -310,6 +311,7 @@ int exchange_share(const py::tuple &flags, Address experts, Address pair_index, 
                                        pointer<const void>(hidden),
                                        pointer<void>(published),
                                        pointer<unsigned>(ticket),
+                                       pointer<int>(load),
                                        choice_offset,
                                        prefix_offset,
                                        weight_offset,
@@ -421,16 +423,16 @@ int exchange_count(const py::tuple &chunk, Address rows_sent, Address results_se
 }
 
 // tables: source_offsets, copy_ranks, segments, group_offsets, tile_offsets, tile_groups,
-// rank_pairs, active_experts
+// rank_pairs, active_experts, nearness
 int route_split(const py::tuple &tables, int source_stride, int num_ranks, int num_experts,
                 int num_copies, int rank, int route, int sweeps, int tokens_per_tile,
-                int most_tiles, Address stream) {
+                int most_tiles, int num_levels, Address stream) {
   const auto table = [&](int i) { return pointer<int>(tables[i].cast<Address>()); };
-  const light_route_split_args args{table(0),      table(1),  table(2),   table(3),
-                                    table(4),      table(5),  table(6),   table(7),
-                                    source_stride, num_ranks, num_experts, num_copies,
-                                    rank,          route,     sweeps,     tokens_per_tile,
-                                    most_tiles};
+  const light_route_split_args args{table(0),        table(1),      table(2),   table(3),
+                                    table(4),        table(5),      table(6),   table(7),
+                                    table(8),        source_stride, num_ranks,  num_experts,
+                                    num_copies,      rank,          route,      sweeps,
+                                    tokens_per_tile, most_tiles,    num_levels};
   const py::gil_scoped_release released;
   return light_route_split(&args, pointer<void>(stream));
 }
@@ -500,10 +502,20 @@ int add_norm(Address hidden, Address addend, Address weight, Address sum, Addres
   return light_add_norm(&args, static_cast<light_dtype>(dtype), pointer<void>(stream));
 }
 
+// Define a launch, and let Python see the names of its arguments: at a call by names pybind11 makes
+// a string of each, which takes as long as the launch. At a call by position it makes none.
+template <class Function, class... Arguments>
+void define(py::module_ &module, const char *stem, Function function,
+            const Arguments &...arguments) {
+  module.def(stem, function, arguments...);
+  module.attr("parameters")[stem] = py::make_tuple(arguments.name...);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_light_ops, module) {
   using py::arg;
+  module.attr("parameters") = py::dict();
   module.def("open", &open_library, arg("directory"), arg("architecture"));
   module.def("bind_device", &bind_device, arg("device"));
   module.def("architecture", &architecture);  // its name, or a status
@@ -511,90 +523,91 @@ PYBIND11_MODULE(_light_ops, module) {
   module.def("driver_version", &light_driver_version);
   module.def("last_error", &light_last_error);
   module.def("set_overlapped_launch", &light_set_overlapped_launch, arg("on"));
-  module.def("grouped_gemm", &grouped_gemm, py::kw_only(), arg("groups"), arg("tile"),
-             arg("dtype"), arg("rows"), arg("pair_row"), arg("weights"), arg("slot_bytes"),
-             arg("pair_weight"), arg("output"), arg("output_rows") = 0, arg("depth"), arg("num_features"), arg("swiglu"),
-             arg("output_float32"), arg("max_ctas"), arg("split_sums") = 0,
-             arg("split_tickets") = 0, arg("depth_splits") = 1, arg("groups_settled") = false,
-             arg("stream"));
-  module.def("quant_gemm", &quant_gemm, py::kw_only(), arg("groups"), arg("tile"), arg("dtype"),
-             arg("rows"), arg("pair_row"), arg("weights"), arg("scales"), arg("zeros"),
-             arg("slot_bytes"), arg("pair_weight"), arg("output"), arg("output_rows") = 0, arg("depth"),
-             arg("num_features"), arg("swiglu"), arg("output_float32"), arg("num_bits"),
-             arg("group_size"), arg("max_ctas"), arg("split_sums") = 0, arg("split_tickets") = 0,
-             arg("depth_splits") = 1, arg("groups_settled") = false, arg("stream"));
-  module.def("fp8_gemm", &fp8_gemm, py::kw_only(), arg("groups"), arg("tile"), arg("dtype"),
-             arg("rows"), arg("row_scales"), arg("pair_row"), arg("weights"), arg("scales"),
-             arg("slot_bytes"), arg("pair_weight"), arg("output"), arg("output_rows") = 0, arg("depth"),
-             arg("num_features"), arg("swiglu"), arg("output_float32"), arg("by_channels"),
-             arg("max_ctas"), arg("groups_settled") = false, arg("stream"));
+  define(module, "grouped_gemm", &grouped_gemm, arg("groups"), arg("tile"),
+         arg("dtype"), arg("rows"), arg("pair_row"), arg("weights"), arg("slot_bytes"),
+         arg("pair_weight"), arg("output"), arg("output_rows") = 0, arg("depth"), arg("num_features"), arg("swiglu"),
+         arg("output_float32"), arg("max_ctas"), arg("split_sums") = 0,
+         arg("split_tickets") = 0, arg("depth_splits") = 1, arg("groups_settled") = false,
+         arg("unit_ticket") = 0, arg("stream"));
+  define(module, "quant_gemm", &quant_gemm, arg("groups"), arg("tile"), arg("dtype"),
+         arg("rows"), arg("pair_row"), arg("weights"), arg("scales"), arg("zeros"),
+         arg("slot_bytes"), arg("pair_weight"), arg("output"), arg("output_rows") = 0, arg("depth"),
+         arg("num_features"), arg("swiglu"), arg("output_float32"), arg("num_bits"),
+         arg("group_size"), arg("max_ctas"), arg("split_sums") = 0, arg("split_tickets") = 0,
+         arg("depth_splits") = 1, arg("groups_settled") = false, arg("stream"));
+  define(module, "fp8_gemm", &fp8_gemm, arg("groups"), arg("tile"), arg("dtype"),
+         arg("rows"), arg("row_scales"), arg("pair_row"), arg("weights"), arg("scales"),
+         arg("slot_bytes"), arg("pair_weight"), arg("output"), arg("output_rows") = 0, arg("depth"),
+         arg("num_features"), arg("swiglu"), arg("output_float32"), arg("by_channels"),
+         arg("max_ctas"), arg("groups_settled") = false, arg("stream"));
   module.def("split_needs", &split_needs, arg("tile"), arg("num_pairs"), arg("num_groups"),
              arg("weight_rows"), arg("depth_splits"));
-  module.def("topk_gate", &topk_gate, py::kw_only(), arg("logits"), arg("hidden"),
-             arg("router_weight"), arg("bias"), arg("experts"), arg("weights"), arg("sort"),
-             arg("width"), arg("sigmoid"), arg("renormalize"), arg("scale"), arg("num_groups"),
-             arg("num_groups_per_token"), arg("input"), arg("router"), arg("max_ctas"),
-             arg("stream"));
-  module.def("router_logits", &router_logits, py::kw_only(), arg("hidden"), arg("router_weight"),
-             arg("logits"), arg("num_tokens"), arg("num_experts"), arg("width"), arg("input"),
-             arg("router"), arg("max_ctas"), arg("stream"));
-  module.def("sort_pairs", &sort_pairs, py::kw_only(), arg("experts"), arg("weights"), arg("sort"),
-             arg("max_ctas"), arg("stream"));
+  define(module, "topk_gate", &topk_gate, arg("logits"), arg("hidden"),
+         arg("router_weight"), arg("bias"), arg("experts"), arg("weights"), arg("sort"),
+         arg("width"), arg("sigmoid"), arg("renormalize"), arg("scale"), arg("num_groups"),
+         arg("num_groups_per_token"), arg("input"), arg("router"), arg("max_ctas"),
+         arg("stream"));
+  define(module, "router_logits", &router_logits, arg("hidden"), arg("router_weight"),
+         arg("logits"), arg("num_tokens"), arg("num_experts"), arg("width"), arg("input"),
+         arg("router"), arg("max_ctas"), arg("stream"));
+  define(module, "sort_pairs", &sort_pairs, arg("experts"), arg("weights"), arg("sort"),
+         arg("max_ctas"), arg("stream"));
   module.def("workspace_bytes", &light_topk_gate_workspace_bytes, arg("num_experts"),
              arg("num_tokens"), arg("width"));
-  module.def("combine", &combine, py::kw_only(), arg("pairs"), arg("pair_index"), arg("weights"),
-             arg("addend"), arg("output"), arg("num_tokens"), arg("num_pairs_per_token"),
-             arg("width"), arg("dtype"), arg("max_ctas"), arg("stream"));
-  module.def("permute", &permute, py::kw_only(), arg("rows"), arg("row_index"), arg("output"),
-             arg("num_rows"), arg("width_bytes"), arg("row_count") = 0, arg("max_ctas"),
-             arg("stream"));
-  module.def("permute_fp8", &permute_fp8, py::kw_only(), arg("rows"), arg("row_index"),
-             arg("output"), arg("scales"), arg("num_rows"), arg("width"), arg("group_size"),
-             arg("dtype"), arg("max_ctas"), arg("stream"));
-  module.def("exchange_share", &exchange_share, py::kw_only(), arg("flags"), arg("experts"),
-             arg("pair_index"), arg("prefixes"), arg("num_real"), arg("weights"), arg("hidden"),
-             arg("published"), arg("ticket"), arg("choice_offset"), arg("prefix_offset"),
-             arg("weight_offset"), arg("num_tokens"), arg("num_rows"),
-             arg("num_experts_per_token"), arg("num_experts"), arg("num_chunks"),
-             arg("width_bytes"), arg("max_ctas"), arg("stream"));
-  module.def("exchange_meet", &exchange_meet, py::kw_only(), arg("flags"), arg("stream"));
-  module.def("exchange_pull", &exchange_pull, py::kw_only(), arg("hidden"), arg("results"),
-             arg("chunk"), arg("weights"), arg("pair_weight"), arg("output_rows"),
-             arg("prefixes"), arg("rows"), arg("scale_offset"), arg("width_bytes"),
-             arg("on_cards"), arg("dtype"), arg("as_int8"), arg("max_ctas"), arg("stream"));
-  module.def("exchange_give", &exchange_give, py::kw_only(), arg("pairs"), arg("output_rows"),
-             arg("num_pairs"), arg("most_pairs"), arg("width_bytes"), arg("max_ctas"),
-             arg("stream"));
-  module.def("exchange_sum", &exchange_sum, py::kw_only(), arg("pairs"), arg("sums"),
-             arg("chunk"), arg("scale_offset"), arg("width_bytes"), arg("dtype"), arg("as_int8"),
-             arg("max_ctas"), arg("stream"));
-  module.def("exchange_combine", &exchange_combine, py::kw_only(), arg("results"), arg("places"),
-             arg("prefixes"), arg("choices"), arg("weights"), arg("output"), arg("scale_offset"),
-             arg("first_token"), arg("num_tokens"), arg("rank"), arg("num_experts_per_token"),
-             arg("width_bytes"), arg("together"), arg("summed"), arg("dtype"), arg("as_int8"),
-             arg("max_ctas"), arg("stream"));
-  module.def("exchange_count", &exchange_count, py::kw_only(), arg("chunk"), arg("rows_sent"),
-             arg("results_sent"), arg("summed"), arg("stream"));
-  module.def("route_split", &route_split, py::kw_only(), arg("tables"), arg("source_stride"),
-             arg("num_ranks"), arg("num_experts"), arg("num_copies"), arg("rank"), arg("route"),
-             arg("sweeps"), arg("tokens_per_tile"), arg("most_tiles"), arg("stream"));
-  module.def("paged_attention", &paged_attention, py::kw_only(), arg("query"), arg("keys"),
-             arg("values"), arg("block_tables"), arg("query_starts"), arg("lengths"),
-             arg("output"), arg("workspace"), arg("workspace_bytes"), arg("query_stride"),
-             arg("scale"), arg("sizes"), arg("dtype"), arg("stream"));
+  define(module, "combine", &combine, arg("pairs"), arg("pair_index"), arg("weights"),
+         arg("addend"), arg("output"), arg("num_tokens"), arg("num_pairs_per_token"),
+         arg("width"), arg("dtype"), arg("max_ctas"), arg("stream"));
+  define(module, "permute", &permute, arg("rows"), arg("row_index"), arg("output"),
+         arg("num_rows"), arg("width_bytes"), arg("row_count") = 0, arg("max_ctas"),
+         arg("stream"));
+  define(module, "permute_fp8", &permute_fp8, arg("rows"), arg("row_index"),
+         arg("output"), arg("scales"), arg("num_rows"), arg("width"), arg("group_size"),
+         arg("dtype"), arg("max_ctas"), arg("stream"));
+  define(module, "exchange_share", &exchange_share, arg("flags"), arg("experts"),
+         arg("pair_index"), arg("prefixes"), arg("num_real"), arg("weights"), arg("hidden"),
+         arg("published"), arg("ticket"), arg("load"), arg("choice_offset"),
+         arg("prefix_offset"), arg("weight_offset"), arg("num_tokens"), arg("num_rows"),
+         arg("num_experts_per_token"), arg("num_experts"), arg("num_chunks"),
+         arg("width_bytes"), arg("max_ctas"), arg("stream"));
+  define(module, "exchange_meet", &exchange_meet, arg("flags"), arg("stream"));
+  define(module, "exchange_pull", &exchange_pull, arg("hidden"), arg("results"),
+         arg("chunk"), arg("weights"), arg("pair_weight"), arg("output_rows"),
+         arg("prefixes"), arg("rows"), arg("scale_offset"), arg("width_bytes"),
+         arg("on_cards"), arg("dtype"), arg("as_int8"), arg("max_ctas"), arg("stream"));
+  define(module, "exchange_give", &exchange_give, arg("pairs"), arg("output_rows"),
+         arg("num_pairs"), arg("most_pairs"), arg("width_bytes"), arg("max_ctas"),
+         arg("stream"));
+  define(module, "exchange_sum", &exchange_sum, arg("pairs"), arg("sums"),
+         arg("chunk"), arg("scale_offset"), arg("width_bytes"), arg("dtype"), arg("as_int8"),
+         arg("max_ctas"), arg("stream"));
+  define(module, "exchange_combine", &exchange_combine, arg("results"), arg("places"),
+         arg("prefixes"), arg("choices"), arg("weights"), arg("output"), arg("scale_offset"),
+         arg("first_token"), arg("num_tokens"), arg("rank"), arg("num_experts_per_token"),
+         arg("width_bytes"), arg("together"), arg("summed"), arg("dtype"), arg("as_int8"),
+         arg("max_ctas"), arg("stream"));
+  define(module, "exchange_count", &exchange_count, arg("chunk"), arg("rows_sent"),
+         arg("results_sent"), arg("summed"), arg("stream"));
+  define(module, "route_split", &route_split, arg("tables"), arg("source_stride"),
+         arg("num_ranks"), arg("num_experts"), arg("num_copies"), arg("rank"), arg("route"),
+         arg("sweeps"), arg("tokens_per_tile"), arg("most_tiles"), arg("num_levels"),
+         arg("stream"));
+  define(module, "paged_attention", &paged_attention, arg("query"), arg("keys"),
+         arg("values"), arg("block_tables"), arg("query_starts"), arg("lengths"),
+         arg("output"), arg("workspace"), arg("workspace_bytes"), arg("query_stride"),
+         arg("scale"), arg("sizes"), arg("dtype"), arg("stream"));
   module.def("paged_attention_workspace_bytes", &light_paged_attention_workspace_bytes,
              arg("num_sequences"), arg("num_heads"), arg("width"), arg("most_positions"));
-  module.def("rotary_cache", &rotary_cache, py::kw_only(), arg("heads"), arg("query_weight"),
-             arg("key_weight"), arg("cos"), arg("sin"), arg("cache_rows"), arg("query"),
-             arg("keys"), arg("values"), arg("table_stride"), arg("epsilon"), arg("sizes"),
-             arg("dtype"), arg("stream"));
-  module.def("add_norm", &add_norm, py::kw_only(), arg("hidden"), arg("addend"), arg("weight"),
-             arg("sum"), arg("normed"), arg("epsilon"), arg("num_rows"), arg("width"),
-             arg("dtype"), arg("stream"));
+  define(module, "rotary_cache", &rotary_cache, arg("heads"), arg("query_weight"),
+         arg("key_weight"), arg("cos"), arg("sin"), arg("cache_rows"), arg("query"),
+         arg("keys"), arg("values"), arg("table_stride"), arg("epsilon"), arg("sizes"),
+         arg("dtype"), arg("stream"));
+  define(module, "add_norm", &add_norm, arg("hidden"), arg("addend"), arg("weight"),
+         arg("sum"), arg("normed"), arg("epsilon"), arg("num_rows"), arg("width"),
+         arg("dtype"), arg("stream"));
   for (const auto &[name, function] :
        {std::pair{"permute_int8", &permute_int8}, std::pair{"dequantize_rows", &dequantize_rows}}) {
-    module.def(name, function, py::kw_only(), arg("rows"), arg("row_index"), arg("output"),
-               arg("scales"), arg("num_rows"), arg("width"), arg("dtype"), arg("max_ctas"),
-               arg("stream"));
+    define(module, name, function, arg("rows"), arg("row_index"), arg("output"),
+           arg("scales"), arg("num_rows"), arg("width"), arg("dtype"), arg("max_ctas"),
+           arg("stream"));
   }
 }

@@ -7,6 +7,7 @@
 // a kernel that starts after the peer's wait ended. Waits and reads are kernels of their own, so
 // nothing read can be older than the flag.
 #include "exchange_bulk.cuh"
+#include "exchange_bulk_combine.cuh"
 #include "exchange_rows.cuh"
 #include "light_ops.h"
 
@@ -101,6 +102,12 @@ __device__ inline void give_prefix(const light_exchange_share_args &args, int ch
   }
 }
 
+__device__ inline void add_load(const light_exchange_share_args &args, int expert, int num_pairs) {
+  if (args.load != nullptr && num_pairs != 0) {
+    atomicAdd(args.load + expert, num_pairs);
+  }
+}
+
 __device__ inline void publish(const light_exchange_share_args &args, int first, int step) {
   if (args.hidden == nullptr) {
     return;
@@ -125,7 +132,11 @@ __device__ void share_sorted(const light_exchange_share_args &args) {
                 index < 0 ? -1 : (expert << kPositionBits) | (index - prefix[expert]));
   }
   for (int i = first; i < args.num_chunks * prefix_size; i += step) {
-    give_prefix(args, i / prefix_size, i % prefix_size, args.prefixes[i]);
+    const int expert = i % prefix_size;
+    give_prefix(args, i / prefix_size, expert, args.prefixes[i]);
+    if (expert < args.num_experts) {
+      add_load(args, expert, args.prefixes[i + 1] - args.prefixes[i]);
+    }
   }
   publish(args, first, step);
 }
@@ -179,6 +190,7 @@ __device__ void share_counted(const light_exchange_share_args &args) {
   }
   // Exclusive prefix sums of the totals: at most one expert a thread.
   const int mine = thread < args.num_experts ? totals[thread] : 0;
+  add_load(args, thread, mine);
   int sum = mine;
   for (int distance = 1; distance < 32; distance *= 2) {
     const int other = __shfl_up_sync(kAllLanes, sum, distance);
@@ -255,4 +267,15 @@ extern "C" __global__ void __launch_bounds__(32 * light::ring::kWarps)
   light::wait_for_previous_kernel();
   light::pull_bulk(args, bulk_memory);
 }
+
+#define LIGHT_BULK_COMBINE(suffix, Scalar)                                      \
+  extern "C" __global__ void __launch_bounds__(32 * light::ring::kWarps)       \
+      exchange_combine_bulk_##suffix(                                          \
+          const __grid_constant__ light_exchange_combine_args args) {          \
+    light::wait_for_previous_kernel();                                         \
+    light::combine_bulk<light::FullRow<Scalar>>(args, bulk_memory);            \
+  }
+LIGHT_BULK_COMBINE(f16, __half)
+LIGHT_BULK_COMBINE(bf16, __nv_bfloat16)
+LIGHT_BULK_COMBINE(f32, float)
 #endif

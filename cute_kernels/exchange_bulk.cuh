@@ -113,10 +113,12 @@ __device__ void pull_bulk(const light_exchange_pull_args &args, char *shared) {
   PullRing ring(shared, warp);
   const light_chunk &chunk = args.chunk;
   const int total = count_tokens(chunk);
-  for (int first = 32 * (blockIdx.x + gridDim.x * warp); first < total;
-       first += 32 * num_warps) {
+  const int at_once = min(32, (total + num_warps - 1) / num_warps);  // no warp is left without any
+  for (int first = at_once * (blockIdx.x + gridDim.x * warp); first < total;
+       first += at_once * num_warps) {
     // A lane looks a token up.
-    const SourceToken from = source_of(chunk, first + lane, total);
+    const int last = min(total, first + at_once);
+    const SourceToken from = source_of(chunk, first + lane, last);
     int choices[ring::kMostPairs];
 #pragma unroll
     for (int pair = 0; pair < ring::kMostPairs; ++pair) {

@@ -58,11 +58,10 @@ class HopperConsumer {
                   row_group_, 1 + warpgroup) {}
 
   __device__ __forceinline__ void run() {
-    wait_barrier(memory_.counted(), 0);
-    const int num_units = memory_.num_units();
-    for (int index = 0; index < num_units; ++index) {
+    for (int index = 0;; ++index) {
       wait_stage();
       const HopperUnit unit = memory_.unit(index);
+      if (!unit.exists()) return;
       multiply_by_width(unit.num_tokens, typename MmaWidths<Tile::kLimit>::List{});
       const unsigned stage = memory_.stage(cursor_.index);
       if constexpr (Operand::kScaled) operand_.finish(unit, sums_);
@@ -333,7 +332,6 @@ __device__ __forceinline__ void run_hopper_kernel(
       init_barrier(memory.full(i), arrivals);
       init_barrier(memory.empty(i), Consumer::kArrivals);
     }
-    init_barrier(memory.counted(), 1);
     publish_barriers();
   }
   __syncthreads();

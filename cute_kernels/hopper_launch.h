@@ -10,7 +10,7 @@ namespace light {
 constexpr int kPanelRowBytes = 128;  // of depth: one row of a swizzled panel
 constexpr int kScaleSpan = 128;      // rows, and elements of depth, that share an e4m3 scale
 constexpr int kMostStages = 12;
-constexpr int kRingUnits = 16;        // more than stages: a unit's entry outlives its last stage
+constexpr int kRingUnits = 16;        // two more than stages at least: see HopperMemory
 constexpr int kStageAlignment = 1024;  // a swizzled panel repeats after 8 rows
 
 struct alignas(64) TensorMap {  // CUtensorMap
@@ -38,7 +38,7 @@ struct HopperLaunch {
   int num_stages;
 };
 
-constexpr int kHopperTailBytes = 2 * kMostStages * 8 + (kRingUnits + 1) * 16;
+constexpr int kHopperTailBytes = 2 * kMostStages * 8 + kRingUnits * 16;
 
 LIGHT_HOST_DEVICE constexpr int round_up(int value, int multiple) {
   return (value + multiple - 1) / multiple * multiple;

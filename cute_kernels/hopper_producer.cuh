@@ -11,6 +11,7 @@ class HopperProducer {
   using Args = typename Operand::Args;
   using Scales = typename Operand::Scales;
   static constexpr int kGatherRows = (Tile::kLimit + 15) / 16;  // of a thread
+  static constexpr int kBarrier = 9;                            // of the warpgroup
 
  public:
   // At a stage's barrier: the leader, threads whose copies are there, warps that wrote scales.
@@ -26,24 +27,23 @@ class HopperProducer {
         scales_(launch) {}
 
   __device__ __forceinline__ void run() {
-    // The copy engine needs two threads, and their warps to look units up.
-    if (!gathers() && threadIdx.x >= 64 && !writes_scales()) return;
+    // The copy engine needs two threads, and their warps to look units up; claims are for all.
+    const bool idle = !gathers() && threadIdx.x >= 64 && !writes_scales();
+    if (idle && unit_ticket(args_) == nullptr) return;
     const bool settled = args_.groups.offsets == nullptr || args_.groups_settled;
     if (!settled) follow_previous_kernel();
-    UnitLookup<Tile> lookup(args_.groups, launch_.tokens, args_.num_features);
-    if (leads()) {
-      memory_.put_num_units(lookup.num_units());
-      arrive(memory_.counted());
-    }
+    UnitLookup<Tile> lookup(args_.groups, launch_.tokens, args_.num_features, unit_ticket(args_));
     HopperUnit unit = lookup.unit(0);
+    if (leads()) memory_.put_unit(0, unit);
     if (settled) {
-      if (lookup.num_units() > 0) copy_early_weights(unit);
+      if (unit.exists()) copy_early_weights(unit);
       follow_previous_kernel();
     }
-    for (int index = 0; index < lookup.num_units(); ++index) {
-      if (index > 0) unit = lookup.unit(index);
+    for (int index = 0; unit.exists(); ++index) {
       copy_unit(index, unit);
+      unit = next_unit(lookup, index + 1);
     }
+    end();
   }
 
  private:
@@ -53,8 +53,36 @@ class HopperProducer {
     return thread >= 0 && thread < Scales::num_threads(launch_);
   }
   __device__ __forceinline__ bool leads() const { return threadIdx.x == 0; }
+  __device__ __forceinline__ bool copies_rows() const {
+    return !gathers() && threadIdx.x == 32;
+  }
+  __device__ __forceinline__ bool claims_for_all() const { return threadIdx.x == 96; }
   __device__ __forceinline__ int num_boxes(const HopperUnit &unit) const {
     return (unit.num_tokens + row_box(launch_.tokens) - 1) / row_box(launch_.tokens);
+  }
+
+  // A thread that copies nothing claims it while the others copy; where all gather rows it waits for
+  // the ticket, with the stages that are full ahead. The barrier shows everyone the entry in the
+  // ring, and nobody claims the next but one before the others begin with the next.
+  __device__ __forceinline__ HopperUnit next_unit(UnitLookup<Tile> &lookup, int index) {
+    if (!lookup.claims()) {
+      const HopperUnit unit = lookup.unit(index);
+      if (leads()) memory_.put_unit(index, unit);
+      return unit;
+    }
+    if (claims_for_all()) memory_.put_unit(index, lookup.claim());
+    __syncwarp();
+    sync_threads<kBarrier, 128>();
+    return memory_.unit(index);
+  }
+
+  // The stage of the unit that does not exist: full when all have come.
+  __device__ __forceinline__ void end() {
+    if (!leads() && !gathers() && !writes_scales()) return;
+    wait_barrier(memory_.empty(cursor_.index), cursor_.parity ^ 1);
+    if (leads()) arrive(memory_.full(cursor_.index));
+    if (gathers()) arrive(memory_.full(cursor_.index));
+    if (writes_scales() && threadIdx.x % 32 == 0) arrive(memory_.full(cursor_.index));
   }
 
   // The first stages' weights, for rows that the kernel in front still writes.
@@ -64,7 +92,6 @@ class HopperProducer {
     early_ = min(num_steps, launch_.num_stages);
     if (!leads()) return;
     for (int step = 0; step < early_; ++step) {
-      if (step == 0) memory_.put_unit(0, unit);
       copy_weights(unit, cursor.index, step * Tile::kDepth);
       cursor.advance(launch_.num_stages);
     }
@@ -84,7 +111,7 @@ class HopperProducer {
   __device__ __forceinline__ void copy_unit(int index, const HopperUnit &unit) {
     if (gathers()) find_rows(unit);
     if (writes_scales()) scales_.begin(unit);
-    if (gathers() || writes_scales() || threadIdx.x % 32 == 0) copy_stages(index, unit);
+    if (gathers() || writes_scales() || leads() || copies_rows()) copy_stages(index, unit);
     __syncwarp();
   }
 
@@ -95,11 +122,8 @@ class HopperProducer {
       if (gathers() || !leads() || !begun) {
         wait_barrier(memory_.empty(cursor_.index), cursor_.parity ^ 1);
       }
-      if (leads() && !begun) {
-        if (step == 0) memory_.put_unit(index, unit);
-        copy_weights(unit, cursor_.index, depth);
-      }
-      if (!gathers() && threadIdx.x == 32) copy_rows(unit, depth);
+      if (leads() && !begun) copy_weights(unit, cursor_.index, depth);
+      if (copies_rows()) copy_rows(unit, depth);
       if (gathers()) gather_rows(unit, depth);
       if (writes_scales()) write_scales();
       cursor_.advance(launch_.num_stages);

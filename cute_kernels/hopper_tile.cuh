@@ -44,6 +44,9 @@ struct HopperUnit {
   int first_pair;
   int num_tokens;
   int weight_block;
+
+  static __device__ __forceinline__ HopperUnit none() { return {0, 0, 0, -1}; }
+  __device__ __forceinline__ bool exists() const { return weight_block >= 0; }
 };
 
 // The pipeline's place: which stage comes next, and the parity of its current round.
@@ -60,9 +63,15 @@ struct StageCursor {
 };
 
 // Shared memory: the stages, then for each a barrier `full` and a barrier `empty`, then the ring of
-// units, how many units there are, and the barrier that says so.
+// units. A CTA's units end with one that does not exist, which takes a stage with nothing in it.
+//
+// The entry of unit i is written behind the copies of unit i - 2, which waited for their stages to be
+// empty: all consumers gave back those of unit i - 2 - kMostStages, so nobody reads the entry that
+// unit i - kRingUnits had.
 template <class Tile, class Args>
 class HopperMemory {
+  static_assert(kRingUnits >= kMostStages + 2, "nobody reads an entry that is written again");
+
  public:
   __device__ __forceinline__ HopperMemory(const HopperLaunch<Args> &launch, unsigned char *shared)
       : base_(shared_address(shared)),
@@ -78,11 +87,6 @@ class HopperMemory {
   __device__ __forceinline__ unsigned empty(int index) const {
     return tail_ + (kMostStages + index) * 8;
   }
-  __device__ __forceinline__ unsigned counted() const {
-    return tail_ + 2 * kMostStages * 8 + kRingUnits * 16;
-  }
-  __device__ __forceinline__ void put_num_units(int count) const { ring_[kRingUnits].z = count; }
-  __device__ __forceinline__ int num_units() const { return ring_[kRingUnits].z; }
   __device__ __forceinline__ void put_unit(int index, const HopperUnit &unit) const {
     ring_[index % kRingUnits] =
         make_int4(unit.slot, unit.first_pair, unit.num_tokens, unit.weight_block);

@@ -1,34 +1,52 @@
 // Which tiles a CTA computes: CTA c takes units c, c + grid, c + 2 grid ... A warp looks 32 of them
 // up at a time, a unit to a lane, so that the chain of loads behind each is waited for once.
+//
+// With a ticket only the first is c: CTAs claim the others as they get to them, so one that started
+// late, because another kernel held its multiprocessor, takes fewer.
 #pragma once
 
 #include "hopper_tile.cuh"
 
 namespace light {
 
+// The products of quantised weights have no ticket, and their kernels no code for one.
+__device__ __forceinline__ unsigned *unit_ticket(const light_grouped_gemm_args &args) {
+  return args.unit_ticket;
+}
+template <class Args>
+__device__ __forceinline__ unsigned *unit_ticket(const Args &) {
+  return nullptr;
+}
+
 template <class Tile>
 class UnitLookup {
  public:
   // `tokens`: the most tokens of a tile.
   __device__ __forceinline__ UnitLookup(const light_pair_groups &groups, int tokens,
-                                        int num_features)
+                                        int num_features, unsigned *ticket)
       : groups_(groups),
+        ticket_(ticket),
         num_weight_blocks_((num_features + Tile::kFeatures - 1) / Tile::kFeatures),
-        num_tiles_(groups.offsets ? groups.tile_offsets[groups.num_groups]
-                                  : (groups.num_pairs + tokens - 1) / tokens) {
-    const int num_work = num_tiles_ * num_weight_blocks_, block = blockIdx.x;
-    num_units_ = block < num_work ? (num_work - 1 - block) / static_cast<int>(gridDim.x) + 1 : 0;
+        num_work_(num_weight_blocks_ *
+                  (groups.offsets ? groups.tile_offsets[groups.num_groups]
+                                  : (groups.num_pairs + tokens - 1) / tokens)) {}
+
+  // Whether units behind the first are claimed: nobody needs to where each CTA has one at most.
+  __device__ __forceinline__ bool claims() const {
+    return ticket_ != nullptr && num_work_ > static_cast<int>(gridDim.x);
   }
 
-  __device__ __forceinline__ int num_units() const { return num_units_; }
+  // A unit that is nobody else's, for one thread of the CTA, which claims until there is none. So a
+  // launch makes num_work claims: of num_work - grid units, and one of each CTA behind them. The
+  // last of all finds num_work - 1 and leaves 0, as it was, for the next launch.
+  __device__ __forceinline__ HopperUnit claim() const {
+    return find(static_cast<int>(gridDim.x + atomicInc(ticket_, num_work_ - 1)));
+  }
 
-  // For a whole warp, and for index 0, 1, 2 ... in order.
+  // The CTA's own, for a whole warp, and for index 0, 1, 2 ... in order.
   __device__ __forceinline__ HopperUnit unit(int index) {
     const int lane = threadIdx.x % 32;
-    if (index % 32 == 0) {
-      found_ = index + lane < num_units_ ? find(blockIdx.x + (index + lane) * gridDim.x)
-                                         : HopperUnit{0, 0, 0, 0};
-    }
+    if (index % 32 == 0) found_ = find(blockIdx.x + (index + lane) * gridDim.x);
     const int source = index % 32;
     return {__shfl_sync(~0u, found_.slot, source), __shfl_sync(~0u, found_.first_pair, source),
             __shfl_sync(~0u, found_.num_tokens, source),
@@ -37,8 +55,9 @@ class UnitLookup {
 
  private:
   __device__ __forceinline__ HopperUnit find(int work) const {
+    if (work >= num_work_) return HopperUnit::none();
     int group = 0, first_tile = 0, first_pair = 0, end = groups_.num_pairs;
-    int num_tiles = num_tiles_;
+    int num_tiles = num_work_ / num_weight_blocks_;
     if (groups_.offsets) {
       group = groups_.tile_groups[work / num_weight_blocks_];
       first_tile = groups_.tile_offsets[group];
@@ -56,9 +75,9 @@ class UnitLookup {
   }
 
   const light_pair_groups &groups_;
+  unsigned *ticket_;
   int num_weight_blocks_;
-  int num_tiles_;
-  int num_units_;
+  int num_work_;
   HopperUnit found_;
 };
 

@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define LIGHT_OPS_ABI 4
+#define LIGHT_OPS_ABI 5
 
 #if defined(__GNUC__) && !defined(__CUDACC__)
 #define LIGHT_API __attribute__((visibility("default")))
@@ -89,6 +89,8 @@ typedef struct light_grouped_gemm_args {
   int *split_tickets;        // one of each output tile, zero before the first call; left zero
   int depth_splits;          // CTAs that share an output tile's depth, their sums added in order
   int groups_settled;        // the groups' tables are older than the kernel in front of this one
+  unsigned *unit_ticket;     // zero before the first launch; left zero: on Hopper CTAs then claim
+                             // tiles, and one that starts late takes fewer; null: each has its own
 } light_grouped_gemm_args;
 
 // The same product from weight-only quantised experts, prepacked as lightmoe/quant/fragments.py
@@ -246,7 +248,8 @@ typedef struct light_exchange_flags {
 // To every rank: this rank's choices int32 [T, K] at choice_offset, and for each of C chunks the
 // prefix sums of its pairs per expert, [E + 1] at prefix_offset and each further chunk's after those
 // of all ranks; its weights float32 [T, K] at weight_offset, where they are given; its hidden states
-// to where others read them. Then they meet. Chunk c has tokens T * c / C up to T * (c + 1) / C.
+// to where others read them. Then they meet. Chunk c has tokens T * c / C up to T * (c + 1) / C. The
+// pairs of each expert are added to `load`, where it is given.
 typedef struct light_exchange_share_args {
   light_exchange_flags flags;
   const int *experts;     // [T, K]
@@ -257,6 +260,7 @@ typedef struct light_exchange_share_args {
   const void *hidden;     // [T, width]; null: published already
   void *published;        // [T, width]
   unsigned *ticket;       // zero before the first launch; left zero
+  int *load;              // [E]; null: not counted
   long long choice_offset;
   long long prefix_offset;
   long long weight_offset;
@@ -374,6 +378,7 @@ typedef struct light_route_split_args {
   int *tile_groups;           // [most_tiles]
   int *rank_pairs;            // [W] pairs of each rank
   int *active_experts;        // [W] experts with pairs on each rank; null: not wanted
+  const int *nearness;        // [num_levels, W] ranks of one number are near; the nearest first
   int source_stride;          // E + 1 or more
   int num_ranks;              // W, at most 64
   int num_experts;            // E, at most 512
@@ -383,6 +388,7 @@ typedef struct light_route_split_args {
   int sweeps;  // of 2 and 3, at most
   int tokens_per_tile;
   int most_tiles;
+  int num_levels;  // at most 3; 0: all ranks are as near
 } light_route_split_args;
 
 // Attention of the queries of sequences that each have a KV cache in blocks: position p of sequence b

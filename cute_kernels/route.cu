@@ -16,7 +16,7 @@
 
 namespace light::route {
 
-template <int kRanksPerLane>
+template <int kRanksPerLane, template <int> class Near>
 class Router {
  public:
   __device__ Router(const light_route_split_args &args, char *memory)
@@ -36,7 +36,7 @@ class Router {
     }
     add_up();
     __syncthreads();
-    Writer<kRanksPerLane>(args_, tables_).run();
+    Writer<kRanksPerLane, Near>(args_, tables_).run();
   }
 
  private:
@@ -222,20 +222,30 @@ class Router {
   const Tables tables_;
 };
 
-template <int kRanksPerLane>
+template <int kRanksPerLane, template <int> class Near>
 __device__ void split(const light_route_split_args &args) {
   extern __shared__ __align__(16) char memory[];
-  Router<kRanksPerLane>(args, memory).run();
+  Router<kRanksPerLane, Near>(args, memory).run();
 }
 
 }  // namespace light::route
 
 extern "C" __global__ void __launch_bounds__(light::route::kThreads, 1)
     route_split_w32(const __grid_constant__ light_route_split_args args) {
-  light::route::split<1>(args);
+  light::route::split<1, light::route::Nobody>(args);
 }
 
 extern "C" __global__ void __launch_bounds__(light::route::kThreads, 1)
     route_split_w64(const __grid_constant__ light_route_split_args args) {
-  light::route::split<2>(args);
+  light::route::split<2, light::route::Nobody>(args);
+}
+
+extern "C" __global__ void __launch_bounds__(light::route::kThreads, 1)
+    route_split_near_w32(const __grid_constant__ light_route_split_args args) {
+  light::route::split<1, light::route::Neighbours>(args);
+}
+
+extern "C" __global__ void __launch_bounds__(light::route::kThreads, 1)
+    route_split_near_w64(const __grid_constant__ light_route_split_args args) {
+  light::route::split<2, light::route::Neighbours>(args);
 }

@@ -11,6 +11,7 @@ namespace light::route {
 
 constexpr int kThreads = 512;
 constexpr int kMaxRanks = 64, kMaxExperts = 512;
+constexpr int kMostLevels = 3;  // of a topology, whose groups ranks look for copies in
 static_assert(kMaxExperts <= kThreads, "an expert is a thread's");
 
 // Threads that read a column, of one rank, meet every bank once.

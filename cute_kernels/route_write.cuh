@@ -1,13 +1,13 @@
 // The last phase of a route: which pairs of each source go to which copy, and this rank's groups.
 #pragma once
 
-#include "route_tables.cuh"
+#include "route_near.cuh"
 
 namespace light::route {
 
 // What is known by now: tables.starts, and through it the share of each expert on each rank. Some
 // warps write segments, the others groups.
-template <int kRanksPerLane>
+template <int kRanksPerLane, template <int> class Near>
 class Writer {
  public:
   __device__ Writer(const light_route_split_args &args, const Tables &tables)
@@ -33,17 +33,20 @@ class Writer {
   // A group of lanes takes an expert, a lane is a source and a rank.
   __device__ void write_segments() const {
     const Group group(args_.num_ranks);
+    Near<kRanksPerLane> near(args_);
     const int step = group.num_groups / kWarps * (kWarps - kGroupWarps);
     for (int first = 0; first < args_.num_experts; first += step) {
       const int expert = first + group.index;
-      write_segments_of(min(expert, args_.num_experts - 1), expert < args_.num_experts, group);
+      write_segments_of(min(expert, args_.num_experts - 1), expert < args_.num_experts, group,
+                        near);
     }
   }
 
   // The pairs that do not stay stand in a row by source; so do the places that are left, by copy;
   // what goes from a source to a copy is where the two overlap. Pairs that stay where they are:
-  // those of a rank of which its own copy has room.
-  __device__ void write_segments_of(int expert, bool exists, const Group &group) const {
+  // those of a rank of which its own copy has room, and those that find a place near it.
+  __device__ void write_segments_of(int expert, bool exists, const Group &group,
+                                    Near<kRanksPerLane> &near) const {
     int copies[kRanksPerLane], stays[kRanksPerLane], leaving[kRanksPerLane];
     int rooms[kRanksPerLane], starts[kRanksPerLane], leaving_before[kRanksPerLane];
 #pragma unroll
@@ -56,8 +59,9 @@ class Writer {
       leaving[slot] = count - stays[slot];
       rooms[slot] = share_of(expert, own) - stays[slot];
     }
+    near.match(group, copies, leaving, rooms);
     group.sum_before(leaving, leaving_before);
-    int room_before = 0;
+    int room_before = 0, to_near[kRanksPerLane] = {};
     bool has_copy[kRanksPerLane] = {};  // so far
 #pragma unroll 1
     for (int copy = 0; copy < args_.num_copies; ++copy) {
@@ -67,17 +71,20 @@ class Writer {
       }
       const int room = group.value_of(rooms, rank), start = group.value_of(starts, rank);
       const int staying = group.value_of(stays, rank);
+      int sent[kRanksPerLane], came_from_near[kRanksPerLane];
+      near.sent_to(group, rank, sent, came_from_near);
 #pragma unroll
       for (int slot = 0; slot < kRanksPerLane; ++slot) {
         const int source = group.lane + 32 * slot;
         has_copy[slot] |= source == rank;
+        to_near[slot] += sent[slot];
         const int to_here = clamp(room_before + room - leaving_before[slot], 0, leaving[slot]);
         const int came = clamp(leaving_before[slot] - room_before, 0, room);
         if (exists && rank >= 0 && source < args_.num_ranks) {
           const int row = source * args_.num_experts + expert;
           reinterpret_cast<int2 *>(args_.segments)[row * args_.num_copies + copy] = {
-              (has_copy[slot] ? stays[slot] : 0) + to_here,
-              start + came + (rank < source ? staying : 0)};
+              (has_copy[slot] ? stays[slot] : 0) + to_near[slot] + to_here,
+              start + came + came_from_near[slot] + (rank < source ? staying : 0)};
         }
       }
       room_before += rank >= 0 ? room : 0;

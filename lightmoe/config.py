@@ -1,6 +1,6 @@
 """What a user may choose for a launch: one frozen record, from flags over a recipe over defaults.
 
-It only checks what can be known without a machine or a model; `auto` is resolved in launch.py.
+It only checks what can be known without machine or model; `auto` is resolved in worker/resolve.py.
 """
 
 from __future__ import annotations
@@ -234,6 +234,9 @@ class LaunchConfig:
             return f"spares ({self.spares})", "spares hold replicas, and every slot is for a home"
         if self.transport == "copy_engine":
             return "transport copy_engine", "no host knows there which experts to fetch"
+        if self.peer_memory != "auto":
+            flag = f"peer_memory {self.peer_memory}"
+            return flag, "copy_engine meets there, and no host knows then what to fetch"
         if self.payload == "int8":
             return "payload int8", "copy_engine carries it, and no host knows there what to fetch"
         if self.overlap == "halves":

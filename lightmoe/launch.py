@@ -1,6 +1,6 @@
 """Wiring: a LaunchConfig becomes ranks, an engine and, for `lightmoe launch`, a server.
 
-Every `auto` is resolved here, once, and said in one line with its reason.
+What `auto` became is said in one line, with its reason.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
@@ -25,8 +25,8 @@ from lightmoe.balancer.start import start_balancer
 from lightmoe.config import LaunchConfig, parse_skew
 from lightmoe.core import HostTierCounts, ModelInfo, OverflowRule
 from lightmoe.engine.engine import Engine, SchedulerConfig
-from lightmoe.errors import CheckpointError, LightMoEError, MachineError, UsageError
-from lightmoe.machine import Driver, free_ram_bytes, port_holder, read_driver
+from lightmoe.errors import CheckpointError, LightMoEError, MachineError
+from lightmoe.machine import port_holder, read_driver
 from lightmoe.models.checkpoint import check_tensors, read_index
 from lightmoe.models.config import ModelConfig, read_config
 from lightmoe.models.find import find_model, generation_defaults
@@ -35,38 +35,17 @@ from lightmoe.server.tokenizer import Tokenizer
 from lightmoe.telemetry.rank_recorder import TraceConfig
 from lightmoe.telemetry.trace_folder import finish_folder, prepare_folder
 from lightmoe.topology import Topology
-from lightmoe.worker.config import Payload, WorkerConfig
-from lightmoe.worker.devices import choose_devices, gpu_bytes_per_rank
+from lightmoe.worker.config import WorkerConfig
+from lightmoe.worker.fit import fit
 from lightmoe.worker.ray_cluster import RayConfig
 from lightmoe.worker.ray_group import Progress, RayWorkerGroup
-from lightmoe.worker.sizing import Demand, Sizing, size_ranks, slots_that_fit
-from lightmoe.worker.transports import choose_carrier, read_launch_topology
+from lightmoe.worker.resolve import Resolved, kernels_for
+from lightmoe.worker.sizing import Sizing
 
 DRAIN_SECONDS = 1.5
 """Running requests get this long after Ctrl-C; then they end with an error event."""
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_USABLE_SHARE = 0.8  # of the free memory: torch, Ray and the operating system want some too
-_RANK_OVERHEAD_BYTES = 300 << 20  # a process with torch and Ray in it, measured
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resolved:
-    """What `auto` became, and the sentence that says why; on GPUs the card of each rank.
-
-    `carrier` says why rows travel by this transport. `topology` is None where nobody measured.
-    """
-
-    device: str
-    dtype: str
-    transport: str
-    reason: str
-    cards: tuple[int, ...] = ()
-    payload: Payload = "full"
-    carrier: str = ""
-    peers_on_host: bool = False
-    topology: Topology | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,41 +70,6 @@ class Launched:
     engine: Engine
     tokenizer: Tokenizer | None
     summary: str
-
-
-def resolve(config: LaunchConfig, driver: Driver) -> Resolved:
-    """Device, dtype, transport, payload; UsageError or MachineError where a wish cannot be met."""
-    devices = choose_devices(config, driver)
-    turing = any(driver.gpus[card].compute_capability < (8, 0) for card in devices.cards)
-    dtype: str = config.dtype
-    if dtype == "auto":
-        halves = "float16" if turing else "bfloat16"
-        dtype = "float32" if devices.device == "cpu" else halves
-    if dtype == "bfloat16" and turing:
-        raise UsageError(f"{driver.gpus[0].name} has no bfloat16; use --dtype float16")
-    topology = read_launch_topology(config, devices, driver)
-    carried = choose_carrier(config, devices, driver, topology, _ELEMENT_BYTES[dtype])
-    resolved = Resolved(
-        device=devices.device,
-        dtype=dtype,
-        transport=carried.transport,
-        reason=devices.reason,
-        cards=devices.cards,
-        carrier=carried.reason,
-        peers_on_host=carried.on_host,
-        topology=topology,
-    )
-    return replace(resolved, payload=_payload(config, resolved))
-
-
-def kernels_for(resolved: Resolved, driver: Driver) -> str:
-    """The kernels that device and dtype lead to, and why; MachineError where they are missing."""
-    if resolved.device == "cpu":
-        return "reference (the CPU)"
-    # Imported here: without a GPU the driver's process needs no torch.
-    from lightmoe.kernels.choice import choose_kernels
-
-    return choose_kernels(resolved.dtype, driver.gpus[0].compute_capability)
 
 
 def start_engine(config: LaunchConfig, progress: Progress) -> Launched:
@@ -200,11 +144,9 @@ def start_workers(
             f" {model.vocab_size}; they belong to different models"
         )
     driver = read_driver()
-    config = with_host_tier(config, model, driver)
-    resolved = resolve(config, driver)
+    fitted = fit(config, model, driver)
+    config, resolved, sizing = fitted.config, fitted.resolved, fitted.sizing
     kernels = kernels_for(resolved, driver)
-    sizing = size_ranks(_demand(config, model, resolved, driver))
-    _check_host_memory(config, resolved, sizing)
     workers = RayWorkerGroup(
         WorkerConfig(
             model=model,
@@ -233,6 +175,7 @@ def start_workers(
             routing_skew=None if config.routing_skew is None else parse_skew(config.routing_skew),
             overflow=_overflow_rule(config),
             trace=trace,
+            nearness=() if resolved.topology is None else resolved.topology.nearness(),
         ),
         RayConfig(
             address=config.address,
@@ -249,107 +192,6 @@ def start_workers(
         config=config,
         topology=resolved.topology,
     )
-
-
-def with_host_tier(config: LaunchConfig, model: ModelConfig, driver: Driver) -> LaunchConfig:
-    """With the slots that fit, where GPUs have no room for all experts and nothing forbids it."""
-    if config.expert_slots is not None:
-        return config
-    resolved = resolve(config, driver)
-    if resolved.device == "cpu":
-        return config
-    try:
-        size_ranks(_demand(config, model, resolved, driver))
-    except MachineError as error:
-        if config.host_tier_obstacle is not None:
-            flag, _ = config.host_tier_obstacle
-            raise MachineError(f"{error}; without {flag} experts could live in the host") from error
-        tiered = replace(config, expert_slots=1)
-        slots = slots_that_fit(_demand(tiered, model, resolve(tiered, driver), driver))
-        if slots is None:
-            raise
-        return replace(config, expert_slots=slots)
-    return config
-
-
-def _check_host_memory(config: LaunchConfig, resolved: Resolved, sizing: Sizing) -> None:
-    """MachineError where this host cannot keep what does not fit its cards."""
-    if resolved.device == "cpu" or config.address is not None:
-        return
-    free = free_ram_bytes()
-    if free is not None and sizing.host_bytes > free * _USABLE_SHARE:
-        raise MachineError(
-            f"{sizing.host_bytes / 2**30:.1f} GiB of experts would live in the host's memory, of"
-            f" which {free / 2**30:.1f} GiB are free; use a smaller model, or more memory"
-        )
-
-
-def _demand(config: LaunchConfig, model: ModelConfig, resolved: Resolved, driver: Driver) -> Demand:
-    longest = model.max_position_embeddings
-    if config.max_model_len is not None and config.max_model_len > longest:
-        raise UsageError(
-            f"--max-model-len {config.max_model_len} is over the {longest} positions of the model;"
-            f" give at most {longest}"
-        )
-    return Demand(
-        model=model,
-        num_ranks=config.gpus,
-        num_spares=config.num_spares,
-        element_bytes=_ELEMENT_BYTES[resolved.dtype],
-        rank_bytes=_rank_bytes(config, resolved, driver) - _exchange_bytes(config, model, resolved),
-        max_model_len=config.max_model_len or longest,
-        max_num_seqs=config.max_num_seqs,
-        on_cpu=resolved.device == "cpu",
-        num_free_slots=config.num_free_slots,
-        expert_slots=config.expert_slots,
-    )
-
-
-def _payload(config: LaunchConfig, resolved: Resolved) -> Payload:
-    """How rows travel; UsageError where nothing carries int8."""
-    fits = resolved.transport == "copy_engine" and resolved.dtype != "float32"
-    if config.payload == "int8" and not fits:
-        raise UsageError(
-            f"payload int8 is for 16 bits and transport copy_engine, and here is {resolved.dtype}"
-            f" and {resolved.transport}; take payload full"
-        )
-    return config.payload
-
-
-def _exchange_bytes(config: LaunchConfig, model: ModelConfig, resolved: Resolved) -> int:
-    """What the transport takes of a rank's card."""
-    if resolved.transport != "copy_engine":
-        return 0
-    # Imported here: without a GPU the driver's process needs no torch.
-    from lightmoe.worker.peers import exchange_bytes
-
-    return exchange_bytes(
-        model,
-        config.gpus,
-        config.max_num_batched_tokens,
-        _ELEMENT_BYTES[resolved.dtype],
-        as_int8=resolved.payload == "int8",
-    )
-
-
-def _rank_bytes(config: LaunchConfig, resolved: Resolved, driver: Driver) -> int:
-    """What a rank may use for weights and cache: a share of what is free, or the limit if less."""
-    if resolved.device == "cuda":
-        share = gpu_bytes_per_rank(config, resolved.cards, driver)
-    else:
-        free = free_ram_bytes()
-        if free is None:
-            raise MachineError("this system does not tell its free memory; give --memory-limit")
-        share = int(free * _USABLE_SHARE) // config.gpus - _RANK_OVERHEAD_BYTES
-        if share <= 0:
-            needed = config.gpus * _RANK_OVERHEAD_BYTES / _USABLE_SHARE
-            raise MachineError(
-                f"{free / 2**30:.1f} GiB of memory are free, {config.gpus} ranks need"
-                f" {needed / 2**30:.1f} GiB before any weight;"
-                " use fewer ranks or close other programs"
-            )
-    limit = config.memory_limit_bytes
-    return share if limit is None else min(share, limit)
 
 
 def _model_info(

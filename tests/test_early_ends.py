@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 
 from lightmoe import cli, launch
 from lightmoe.errors import MachineError
-from tests.test_end_to_end import launched
+from tests.test_end_to_end import READY, Server, launched, wait_until_gone
 
 
 def test_a_port_is_held_before_anything_is_served() -> None:
@@ -78,6 +79,42 @@ def test_a_signal_while_ray_starts_leaves_nothing_behind(number: signal.Signals)
             time.sleep(0.02)
         assert process.returncode == 0
     assert [pid for pid in seen if _lives(pid)] == []
+
+
+def _signal_group(server: Server) -> None:
+    """As a shell's kill -- -PGID does."""
+    os.killpg(server.process.pid, signal.SIGTERM)
+
+
+def _signal_all(server: Server) -> None:
+    """As systemd does: ranks, too, are processes of the service."""
+    for process in [*server.descendants(), server.process]:
+        process.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("send", "is_busy"), [(_signal_group, False), (_signal_all, True)])
+def test_a_signal_that_ray_gets_too_stops_everything_in_silence(
+    send: Callable[[Server], None], is_busy: bool
+) -> None:
+    """Ray's control store dies of it first, and whoever waits for that waits for long."""
+    with launched("--gpus", "2", own_group=True) as server:
+        everything = server.descendants()
+        with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+            if is_busy:
+                stream = client.completions.create(
+                    model="mixtral-lite",
+                    prompt="def f():",
+                    max_tokens=2000,
+                    stream=True,
+                    extra_body={"ignore_eos": True},
+                )
+                next(iter(stream))
+            send(server)
+            assert server.process.wait(timeout=5) == 0
+        assert wait_until_gone(everything, 2) == []
+        server.finish()
+        ready = next(place for place, line in enumerate(server.lines) if READY.search(line))
+        assert "".join(server.lines[ready + 1 :]).strip() == ""
 
 
 def test_an_llm_that_is_not_closed_ends_in_silence() -> None:

@@ -27,9 +27,13 @@ READY = re.compile(r"is ready on (http://\S+)")
 class Server:
     """A `lightmoe launch` in a process of its own."""
 
-    def __init__(self, *arguments: str, model: str = "mixtral-lite") -> None:
+    def __init__(
+        self, *arguments: str, model: str = "mixtral-lite", own_group: bool = False
+    ) -> None:
         command = [*LIGHTMOE, "launch", "--model", model, "--port", "0", *arguments]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, start_new_session=own_group
+        )
         self.lines: list[str] = []
         self._ready = threading.Event()
         self.url = ""
@@ -60,8 +64,10 @@ class Server:
 
 
 @contextmanager
-def launched(*arguments: str, model: str = "mixtral-lite") -> Iterator[Server]:
-    server = Server(*arguments, model=model)
+def launched(
+    *arguments: str, model: str = "mixtral-lite", own_group: bool = False
+) -> Iterator[Server]:
+    server = Server(*arguments, model=model, own_group=own_group)
     try:
         yield server
     finally:

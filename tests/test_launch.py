@@ -15,9 +15,11 @@ from lightmoe import launch
 from lightmoe.config import LaunchConfig
 from lightmoe.errors import CheckpointError, LightMoEError, MachineError, UsageError
 from lightmoe.kernels import choice, library
-from lightmoe.launch import Resolved, listen, resolve, start_engine
+from lightmoe.launch import listen, start_engine
 from lightmoe.machine import Driver, Gpu
-from lightmoe.worker import devices
+from lightmoe.worker import devices, fit
+from lightmoe.worker.config import WorkerConfig
+from lightmoe.worker.resolve import Resolved, kernels_for, resolve
 from tests.models.folders import write_config, write_model
 
 GIB = 1 << 30
@@ -197,7 +199,7 @@ def test_kernels_follow_from_device_and_dtype(
     monkeypatch.setattr(choice, "FOLDER", built(tmp_path, "75", "75ptx", "90"))
 
     resolved = Resolved(device=device, dtype=dtype, transport="local", reason="")
-    assert launch.kernels_for(resolved, driver) == said
+    assert kernels_for(resolved, driver) == said
 
 
 @pytest.mark.parametrize(
@@ -284,6 +286,31 @@ def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "RayWorkerGroup", start)
 
 
+def test_ranks_are_told_who_is_near_whom(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checkout: Path
+) -> None:
+    told = []
+
+    def start(worker_config: WorkerConfig, *_: object) -> None:
+        told.append(worker_config.nearness)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "RayWorkerGroup", start)
+    text = (checkout / "topology" / "cpu-10.toml").read_text()
+    machine, _ = text.split("[[fabrics]]")
+    below = "".join(
+        f'[nodes.socket{one}]\nkind = "socket"\nparent = "machine"\nlink = "memory"\n'
+        for one in range(2)
+    )
+    halves = machine.replace('"machine", link', '"socket0", link', 4)
+    halves = halves.replace('"machine", link', '"socket1", link')
+    (tmp_path / "halves.toml").write_text(halves + below)
+    for topology in ("auto", "cpu-10", str(tmp_path / "halves.toml")):
+        with pytest.raises(KeyboardInterrupt):
+            start_engine(config(gpus=6, topology=topology), lambda stage, done, total: None)
+    assert told == [(), (), ((0, 0, 0, 0, 4, 4),)]
+
+
 def refused(values: dict[str, object]) -> str:
     with pytest.raises(LightMoEError) as raised:
         start_engine(config(**values), lambda stage, done, total: None)
@@ -315,11 +342,11 @@ def test_what_cannot_work_is_said_before_ranks_start(
 
 @pytest.mark.usefixtures("no_ranks")
 def test_too_little_free_memory_for_so_many_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "free_ram_bytes", lambda: 2 * GIB)
+    monkeypatch.setattr(fit, "free_ram_bytes", lambda: 2 * GIB)
 
     assert "2.0 GiB of memory are free, 10 ranks need 3.7 GiB" in refused({"gpus": 10})
 
-    monkeypatch.setattr(launch, "free_ram_bytes", lambda: None)
+    monkeypatch.setattr(fit, "free_ram_bytes", lambda: None)
     assert "does not tell its free memory; give --memory-limit" in refused({"gpus": 10})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from lightmoe import launch
 from lightmoe.config import LaunchConfig
 from lightmoe.core import HostTierCounts
 from lightmoe.errors import MachineError, UsageError
-from lightmoe.launch import host_tier_line, resolve, start_engine, with_host_tier
+from lightmoe.launch import host_tier_line, start_engine
 from lightmoe.machine import Driver, Gpu
 from lightmoe.models.config import read_config
 from lightmoe.models.find import find_model
-from lightmoe.worker import devices
+from lightmoe.worker import devices, fit
+from lightmoe.worker.fit import Fitted
+from lightmoe.worker.resolve import resolve
 
 GIB = 1 << 30
 MODEL = read_config(find_model("mixtral-8x7b"))
@@ -36,6 +39,15 @@ def config(**values: object) -> LaunchConfig:
     return LaunchConfig(**wanted | {"max_model_len": 2048} | values)  # type: ignore[arg-type]
 
 
+def fitted_to(asked: LaunchConfig, driver: Driver) -> Fitted:
+    return fit.fit(asked, MODEL, driver)
+
+
+@pytest.fixture(autouse=True)
+def _roomy_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "free_ram_bytes", lambda: 1024 * GIB)
+
+
 @pytest.fixture
 def _torch_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -47,17 +59,21 @@ def test_what_does_not_fit_the_cards_lives_in_the_host() -> None:
     """Mixtral-8x7B in 16 bits has 84 GiB of experts, and four cards 11 GiB each."""
     driver = turing(4)
 
-    tiered = with_host_tier(config(), MODEL, driver)
+    fitted = fitted_to(config(), driver)
 
+    tiered = fitted.config
     assert tiered.expert_slots is not None
     assert 16 <= tiered.expert_slots <= 20  # of 336 MiB in 9.9 GiB, with 3 GiB of dense layers
     assert (tiered.num_spares, tiered.num_free_slots, tiered.rebalances) == (0, 0, False)
-    assert resolve(tiered, driver).transport == "nccl"
+    assert fitted.resolved.transport == "nccl"
+    assert fitted.sizing.num_slots == tiered.expert_slots
     assert resolve(config(), driver).transport == "copy_engine"
-    assert with_host_tier(tiered, MODEL, driver) == tiered
-    alone = with_host_tier(config(gpus=1), MODEL, driver)
-    assert alone.expert_slots == tiered.expert_slots
-    assert resolve(alone, driver).transport == "local"
+    again = fitted_to(tiered, driver)
+    assert (again.config, again.resolved) == (tiered, fitted.resolved)
+    assert again.sizing.host_bytes == fitted.sizing.host_bytes > 80 * GIB
+    alone = fitted_to(config(gpus=1), driver)
+    assert alone.config.expert_slots == tiered.expert_slots
+    assert alone.resolved.transport == "local"
 
 
 @pytest.mark.usefixtures("_torch_with_cuda")
@@ -66,7 +82,26 @@ def test_what_fits_or_runs_on_cpus_is_left_alone() -> None:
     roomy = replace(roomy, gpus=tuple(replace(gpu, free_bytes=80 * GIB) for gpu in roomy.gpus))
 
     for asked, driver in ((config(), roomy), (config(device="cpu"), turing(4))):
-        assert with_host_tier(asked, MODEL, driver) == asked
+        assert fitted_to(asked, driver).config == asked
+
+
+@pytest.mark.usefixtures("_torch_with_cuda")
+@pytest.mark.parametrize(("num_gib", "tiers"), [(11, 1), (80, 0)])
+def test_a_machine_is_looked_at_once(
+    num_gib: int, tiers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only where not all fits a second time: what carries rows then is another."""
+    driver = turing(4)
+    driver = replace(
+        driver, gpus=tuple(replace(gpu, free_bytes=num_gib * GIB) for gpu in driver.gpus)
+    )
+    calls = {name: Mock(wraps=getattr(fit, name)) for name in ("resolve", "size_ranks")}
+    for name, call in calls.items():
+        monkeypatch.setattr(fit, name, call)
+
+    fitted_to(config(), driver)
+
+    assert {call.call_count for call in calls.values()} == {1 + tiers}
 
 
 @pytest.mark.usefixtures("_torch_with_cuda")
@@ -75,6 +110,7 @@ def test_what_fits_or_runs_on_cpus_is_left_alone() -> None:
     [
         ({"spares": 1}, r"spares \(1\)"),
         ({"transport": "copy_engine"}, "transport copy_engine"),
+        ({"peer_memory": "device"}, "peer_memory device"),
         ({"payload": "int8", "deterministic": "off"}, "payload int8"),
         ({"overlap": "halves"}, "overlap halves"),
         ({"host_copy": "on"}, "host_copy on"),
@@ -86,7 +122,7 @@ def test_what_keeps_experts_from_the_host_is_named(
     with pytest.raises(UsageError, match=rf"expert_slots \(20\) and {obstacle} exclude each other"):
         config(expert_slots=20, **values)
     with pytest.raises(MachineError, match=rf"weights need .* without {obstacle} experts could"):
-        with_host_tier(config(**values), MODEL, turing(4))
+        fitted_to(config(**values), turing(4))
 
 
 @pytest.mark.usefixtures("_torch_with_cuda")
@@ -95,7 +131,7 @@ def test_cards_too_small_for_one_layer_are_refused_as_ever() -> None:
     small = replace(small, gpus=(replace(small.gpus[0], free_bytes=5 * GIB),))
 
     with pytest.raises(MachineError, match="the weights need"):
-        with_host_tier(config(gpus=1), MODEL, small)
+        fitted_to(config(gpus=1), small)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +160,7 @@ def test_too_few_slots_are_refused_before_ranks_start(
 def test_a_host_too_small_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = turing(4)
     monkeypatch.setattr(launch, "read_driver", lambda: driver)
-    monkeypatch.setattr(launch, "kernels_for", lambda resolved, driver: "ours")
-    monkeypatch.setattr(launch, "free_ram_bytes", lambda: 64 * GIB)
+    monkeypatch.setattr(fit, "free_ram_bytes", lambda: 64 * GIB)
 
     with pytest.raises(MachineError, match=r"84\.0 GiB of experts .* 64\.0 GiB are free"):
         start_engine(config(), lambda stage, done, total: None)

@@ -7,9 +7,9 @@ import torch
 
 from lightmoe.config import LaunchConfig
 from lightmoe.errors import UsageError
-from lightmoe.launch import resolve
 from lightmoe.machine import Driver, Gpu
 from lightmoe.worker import devices
+from lightmoe.worker.resolve import resolve
 
 H100 = Gpu(name="H100", compute_capability=(9, 0), memory_bytes=80 << 30, free_bytes=80 << 30)
 TOGETHER = Driver(version="580.65.06", gpus=(H100,) * 2, p2p_pairs=((0, 1),))

@@ -3,7 +3,8 @@
     python benchmarks/kernels/route.py [--shapes qwen3] [--tokens 1024]
 
 Ten ranks, six sweeps, one replica slot for every two experts, on two spares (8+2) or spread over
-all ranks (10); load by Zipf 1.0, drifted since the plan. T counts tokens of each rank.
+all ranks (10); load by Zipf 1.0, drifted since the plan. T counts tokens of each rank. "switches":
+by the nearness of four switches on two sockets.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lightmoe.kernels.route import ROUTE_NUMBERS, route_split
 
 TOKENS_PER_TILE = 64
 NUM_PROBLEMS = 8
+SWITCHES = ((0, 0, 0, 3, 3, 5, 5, 5, 8, 8), (0, 0, 0, 0, 0, 5, 5, 5, 5, 5))
 
 
 def measure(shape: Shape, tokens: int, measured: Ceilings) -> Iterator[Measurement]:
@@ -37,7 +39,9 @@ def measure(shape: Shape, tokens: int, measured: Ceilings) -> Iterator[Measureme
             for seed in range(NUM_PROBLEMS)
         ]
         inputs = [arguments_of(problem) for problem in problems]
-        for route in ROUTE_NUMBERS:
+        switches = torch.tensor(SWITCHES, dtype=torch.int32)
+        cases = [(route, route, None) for route in ROUTE_NUMBERS]
+        for name, route, nearness in [*cases, ("waterfill, switches", "waterfill", switches)]:
             calls = [
                 functools.partial(
                     route_split,
@@ -46,15 +50,16 @@ def measure(shape: Shape, tokens: int, measured: Ceilings) -> Iterator[Measureme
                     int(problem.counts.sum()),
                     route=route,
                     rank=0,
+                    nearness=None if nearness is None else nearness.cuda(),
                 )
                 for tensors, problem in zip(inputs, problems, strict=True)
             ]
             error = max(
-                float(differs(call(), tensors, route))
+                float(differs(call(), tensors, route, nearness))
                 for call, tensors in zip(calls, inputs, strict=True)
             )
             num_bytes = sum(tensor.nbytes for tensor in inputs[0]) + calls[0]().segments.nbytes
-            yield Measurement(f"{route}, {layout}", "int32", calls, num_bytes, error, 0.0)
+            yield Measurement(f"{name}, {layout}", "int32", calls, num_bytes, error, 0.0)
 
 
 def arguments_of(problem: RouteProblem) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,10 +69,20 @@ def arguments_of(problem: RouteProblem) -> tuple[Tensor, Tensor, Tensor]:
     return torch.from_numpy(offsets), torch.from_numpy(problem.copy_ranks), slots
 
 
-def differs(found: RouteSplit, tensors: tuple[Tensor, Tensor, Tensor], route: str) -> bool:
+def differs(
+    found: RouteSplit,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    route: str,
+    nearness: Tensor | None,
+) -> bool:
     """Whether the kernel's answer is another than the reference's."""
     wanted = route_reference.route_split(
-        *tensors, TOKENS_PER_TILE, found.groups.num_pairs, route=route, rank=0
+        *tensors,
+        TOKENS_PER_TILE,
+        found.groups.num_pairs,
+        route=route,
+        rank=0,
+        nearness=nearness,
     )
     exists = tensors[1] >= 0
     return not (

@@ -32,13 +32,16 @@ struct Pool {
 
 class Router {
  public:
-  Router(const Tokens *counts, const std::int32_t *copy_ranks, int num_ranks, int num_experts,
-         int num_copies, Tokens *assigned)
+  Router(const Tokens *counts, const std::int32_t *copy_ranks, const std::int32_t *nearness,
+         int num_ranks, int num_experts, int num_copies, int num_levels, Tokens *assigned)
       : counts_(counts),
+        nearness_(nearness),
         assigned_(assigned),
         num_ranks_(num_ranks),
         num_experts_(num_experts),
         num_copies_(num_copies),
+        num_levels_(num_levels),
+        everyone_(num_ranks),
         shares_(static_cast<std::size_t>(num_experts) * num_copies),
         load_(num_ranks),
         base_(num_copies),
@@ -304,7 +307,8 @@ class Router {
     return here != there ? here > there : rank < than;
   }
 
-  // Which source ranks fill each share: their own copy's first, then the others in rank order.
+  // Which source ranks fill each share: the copy's own first, then those near it, level by level,
+  // then the others in rank order.
   void assign() {
     for (int number = 0; number < num_experts_; ++number) {
       const Expert &expert = experts_[number];
@@ -319,24 +323,38 @@ class Router {
         left_[rank] -= here;
         room[copy] -= here;
       }
-      int copy = 0;
-      for (int source = 0; source < num_ranks_; ++source) {
-        while (left_[source] > 0) {
-          while (room[copy] == 0) {
-            ++copy;
-          }
-          const Tokens moved = std::min(left_[source], room[copy]);
+      const int num_levels = expert.num_copies > 1 ? num_levels_ : 0;
+      for (int level = 0; level < num_levels; ++level) {
+        meet(number, nearness_ + level * num_ranks_);
+      }
+      meet(number, everyone_.data());
+    }
+  }
+
+  // What is left moves within its group.
+  void meet(int number, const std::int32_t *groups) {
+    const Expert &expert = experts_[number];
+    int first = 0;  // that has room
+    for (int source = 0; source < num_ranks_; ++source) {
+      while (first < expert.num_copies && expert.share[first] == 0) {
+        ++first;
+      }
+      for (int copy = first; left_[source] > 0 && copy < expert.num_copies; ++copy) {
+        if (groups[source] == groups[expert.ranks[copy]]) {
+          const Tokens moved = std::min(left_[source], expert.share[copy]);
           assigned(source, number, copy) += moved;
           left_[source] -= moved;
-          room[copy] -= moved;
+          expert.share[copy] -= moved;
         }
       }
     }
   }
 
-  const Tokens *counts_;  // [W, E]
-  Tokens *assigned_;      // [W, E, C]
-  int num_ranks_, num_experts_, num_copies_;
+  const Tokens *counts_;          // [W, E]
+  const std::int32_t *nearness_;  // [N, W]
+  Tokens *assigned_;              // [W, E, C]
+  int num_ranks_, num_experts_, num_copies_, num_levels_;
+  std::vector<std::int32_t> everyone_;  // [W] zeros: one group
   std::vector<Expert> experts_;
   std::vector<Tokens> shares_;         // [E, C]
   std::vector<Tokens> load_;           // [W] tokens, or experts, of each rank
@@ -368,16 +386,19 @@ bool is_sound(const std::int32_t *copy_ranks, int num_ranks, int num_experts, in
 
 }  // namespace
 
-// counts [W, E], copy_ranks [E, C] (home first, then -1) -> assigned [W, E, C], all zeros before.
-// Routes are numbered as in light_ops.h. Returns 0, or 1 where the copies or sizes make no sense.
+// counts [W, E], copy_ranks [E, C] (home first, then -1), nearness [N, W] -> assigned [W, E, C], all
+// zeros before. Routes are numbered as in light_ops.h. Returns 0, or 1 where the copies or sizes
+// make no sense.
 extern "C" __attribute__((visibility("default"))) int light_route_assign(
-    const std::int64_t *counts, const std::int32_t *copy_ranks, int num_ranks, int num_experts,
-    int num_copies, int route, int sweeps, std::int64_t *assigned) {
-  if (num_ranks < 1 || num_experts < 1 || num_copies < 1 || route < kHome || route > kFewest ||
+    const std::int64_t *counts, const std::int32_t *copy_ranks, const std::int32_t *nearness,
+    int num_ranks, int num_experts, int num_copies, int num_levels, int route, int sweeps,
+    std::int64_t *assigned) {
+  if (num_ranks < 1 || num_experts < 1 || num_copies < 1 || num_levels < 0 || route < kHome ||
+      route > kFewest ||
       !is_sound(copy_ranks, num_ranks, num_experts, num_copies)) {
     return 1;
   }
-  Router(counts, copy_ranks, num_ranks, num_experts, num_copies, assigned)
+  Router(counts, copy_ranks, nearness, num_ranks, num_experts, num_copies, num_levels, assigned)
       .run(static_cast<Route>(route), sweeps);
   return 0;
 }

@@ -11,6 +11,7 @@ namespace {
 constexpr int kThreads = 512, kFlagThreads = 64, kBulkThreads = 32 * ring::kWarps;
 constexpr int kBulkCopiesFrom = 90;
 constexpr int kFewestBulkCtas = 16;  // with fewer, more warps of the plain kernels are faster
+constexpr int kFewestBulkTokens = 1024;  // of a sum: fewer are cut into parts of rows
 
 // Kernels that wait for other ranks, or that others wait for, do not start ahead of their turn:
 // waiting they would hold room that a product needs.
@@ -80,22 +81,36 @@ light_status launch_tokens(const std::string &name, long long num_tokens, int ma
                          args, stream);
 }
 
-// The bulk kernel, where a warp has 32 tokens at a time, if it has enough of them.
+// Whether the device has bulk copies, by a plain kernel for it.
+light_status copies_in_bulk(const std::string &plain, bool *can) {
+  const Kernel *kernel = nullptr;
+  LIGHT_TRY(find_kernel("exchange", plain, kThreads, 0, &kernel));
+  *can = kernel->architecture >= kBulkCopiesFrom;
+  return LIGHT_OK;
+}
+
+template <class Args>
+light_status launch_bulk(const std::string &name, int shared_bytes, long long most_warps,
+                         int max_ctas, const Args &args, light_stream stream) {
+  const Kernel *kernel = nullptr;
+  LIGHT_TRY(find_kernel("exchange", name, kBulkThreads, shared_bytes, &kernel));
+  const long long most = max_ctas > 0 ? max_ctas : kernel->resident_ctas();
+  const long long wanted = (most_warps + ring::kWarps - 1) / ring::kWarps;
+  return launch(*kernel, {static_cast<unsigned int>(std::min(wanted, most))}, args, stream,
+                kInTurn);
+}
+
+// The bulk kernel, where a warp has 4 to 32 tokens at a time, if there are enough of them.
 light_status launch_pull(long long num_tokens, int max_ctas, const light_exchange_pull_args &args,
                          light_stream stream) {
   const char *const name = "exchange_pull";
-  const Kernel *kernel = nullptr;
-  LIGHT_TRY(find_kernel("exchange", name, kThreads, 0, &kernel));
-  const bool bulk = args.on_cards && kernel->architecture >= kBulkCopiesFrom &&
-                    num_tokens / kBulkThreads >= kFewestBulkCtas;
-  if (!bulk) {
+  bool can = false;
+  LIGHT_TRY(copies_in_bulk(name, &can));
+  if (!can || !args.on_cards || num_tokens / kBulkThreads < kFewestBulkCtas) {
     return launch_tokens(name, num_tokens, max_ctas, args, stream);
   }
-  LIGHT_TRY(find_kernel("exchange", "exchange_pull_bulk", kBulkThreads, ring::kBytes, &kernel));
-  const long long most = max_ctas > 0 ? max_ctas : kernel->resident_ctas();
-  const long long wanted = (num_tokens + kBulkThreads - 1) / kBulkThreads;
-  return launch(*kernel, {static_cast<unsigned int>(std::min(wanted, most))}, args, stream,
-                kInTurn);
+  return launch_bulk("exchange_pull_bulk", ring::kBytes, (num_tokens + 3) / 4, max_ctas, args,
+                     stream);
 }
 
 }  // namespace
@@ -198,9 +213,17 @@ light_status light_exchange_combine(const light_exchange_combine_args *args, lig
   if (args->num_tokens == 0) {
     return LIGHT_OK;
   }
+  const std::string name = std::string(as_int8 ? "exchange_combine_int8" : stem) + suffix;
+  const bool bulk = args->together && !args->summed && args->num_tokens >= light::kFewestBulkTokens;
+  bool can = false;
+  LIGHT_TRY(light::copies_in_bulk(name, &can));
+  if (bulk && can) {
+    return light::launch_bulk(std::string("exchange_combine_bulk") + suffix,
+                              light::ring::kCombineBytes, args->num_tokens, max_ctas, *args,
+                              stream);
+  }
   // Few tokens are cut into parts of rows, 32 times 16 bytes each.
   const long long parts = (args->width_bytes + 511) / 512;
-  const std::string name = std::string(as_int8 ? "exchange_combine_int8" : stem) + suffix;
   return light::launch_tokens(name, args->num_tokens * parts, max_ctas, *args, stream);
 }
 

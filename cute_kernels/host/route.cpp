@@ -28,6 +28,12 @@ light_status check_route(const light_route_split_args *args) {
                 "route_split: route %d, %d sweeps, %d tokens in each of %d tiles", args->route,
                 args->sweeps, args->tokens_per_tile, args->most_tiles);
   }
+  if (args->num_levels < 0 || args->num_levels > route::kMostLevels ||
+      (args->num_levels > 0 && args->nearness == nullptr)) {
+    return fail(LIGHT_BAD_ARGUMENT, "route_split: %d levels of nearness, at most %d, %s",
+                args->num_levels, route::kMostLevels,
+                args->nearness == nullptr ? "none given" : "given");
+  }
   if (args->source_offsets == nullptr || args->copy_ranks == nullptr ||
       args->segments == nullptr || args->group_offsets == nullptr ||
       args->tile_offsets == nullptr || args->tile_groups == nullptr ||
@@ -42,8 +48,9 @@ light_status check_route(const light_route_split_args *args) {
 
 light_status light_route_split(const light_route_split_args *args, light_stream stream) {
   LIGHT_TRY(light::check_route(args));
-  const char *name =
-      args->num_ranks <= light::route::kRanksOfOneLane ? "route_split_w32" : "route_split_w64";
+  const std::string name =
+      std::string(args->num_levels > 0 ? "route_split_near" : "route_split") +
+      (args->num_ranks <= light::route::kRanksOfOneLane ? "_w32" : "_w64");
   const light::route::Layout layout(args->num_experts, args->num_ranks);
   const light::Kernel *kernel = nullptr;
   LIGHT_TRY(light::find_kernel("route", name, light::route::kThreads, layout.bytes, &kernel));

@@ -277,8 +277,10 @@ class Engine:
             while self._under_way:  # ranks write their traces once nobody waits for them
                 self._finish_step()
         except Exception as error:
-            # Once the end was asked for, the ranks may be gone in the middle of a long step.
-            if not self._closing:
+            # Once the end was asked for, the ranks may be gone in the middle of a long step, and
+            # before: where all processes of a service get the signal, they do, too.
+            asked = self._closing or (self.draining and isinstance(error, RankError))
+            if not asked:
                 self.failure = _as_own_error(error)
         if self.failure is not None:
             self._fail_all(self.failure)

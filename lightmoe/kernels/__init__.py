@@ -18,8 +18,8 @@ from lightmoe.kernels.checks import is_native
 from lightmoe.kernels.combine import combine as _combine
 from lightmoe.kernels.fp8_gemm import fp8_gemm as _fp8_gemm
 from lightmoe.kernels.fp8_gemm import plan_fp8
+from lightmoe.kernels.grouped_gemm import GroupedProduct, plan_weights
 from lightmoe.kernels.grouped_gemm import grouped_gemm as _grouped_gemm
-from lightmoe.kernels.grouped_gemm import plan_weights
 from lightmoe.kernels.groups import PairGroups
 from lightmoe.kernels.matmul import matmul as _matmul
 from lightmoe.kernels.paged_attention import paged_attention as _paged_attention
@@ -33,6 +33,7 @@ from lightmoe.kernels.rotary_cache import rotary_cache as _rotary_cache
 from lightmoe.kernels.route import route_split as _route_split
 from lightmoe.kernels.route_reference import RouteSplit
 from lightmoe.kernels.route_reference import route_split as _route_split_on_host
+from lightmoe.kernels.sort_pairs import sort_chunks as _sort_chunks
 from lightmoe.kernels.sort_pairs import sort_pairs as _sort_pairs
 from lightmoe.kernels.topk_gate import route_tokens as _route_tokens
 from lightmoe.kernels.topk_gate import topk_gate as _topk_gate
@@ -47,6 +48,7 @@ __all__ = [
     "equal_groups",
     "fp8_gemm",
     "grouped_gemm",
+    "grouped_product",
     "matmul",
     "paged_attention",
     "permute",
@@ -58,6 +60,7 @@ __all__ = [
     "rotate",
     "route_split",
     "route_tokens",
+    "sort_chunks",
     "sort_pairs",
     "swiglu",
     "tokens_per_tile",
@@ -84,8 +87,12 @@ def _by_tensor(
     @functools.wraps(native)
     def operator(*tensors: _Parameters.args, **options: _Parameters.kwargs) -> _Result:
         first: Any = tensors[0]
-        logits: Any = options.get("logits")  # in place of the hidden states; the kernels take fp32
-        if takes(first) if first is not None else logits.is_cuda:
+        if first is None:
+            first = options["logits"]  # in place of the hidden states; the kernels take fp32
+            native_here = first.is_cuda
+        else:
+            native_here = takes(first)
+        if native_here:
             return native(*tensors, **options)
         return specification(
             *tensors, **{name: option for name, option in options.items() if name not in _OF_GPUS}
@@ -101,6 +108,7 @@ def _chosen_natively(experts: Tensor) -> bool:
 
 topk_gate = _by_tensor(_topk_gate, reference.topk_gate)
 route_tokens = _by_tensor(_route_tokens, reference.route_tokens)
+sort_chunks = _by_tensor(_sort_chunks, reference.sort_chunks, _chosen_natively)
 sort_pairs = _by_tensor(_sort_pairs, reference.sort_pairs, _chosen_natively)
 route_split = _by_tensor(_route_split, _route_split_on_host, _chosen_natively)
 permute = _by_tensor(_permute, reference.permute)
@@ -114,6 +122,18 @@ combine = _by_tensor(_combine, reference.combine)
 paged_attention = _by_tensor(_paged_attention, reference.paged_attention)
 rotary_cache = _by_tensor(_rotary_cache, reference.rotary_cache)
 add_norm = _by_tensor(_add_norm, reference.add_norm)
+
+
+def grouped_product(
+    weights: Tensor, *, swiglu: bool = False, deterministic: bool = True
+) -> Callable[..., Tensor]:
+    """grouped_gemm with weights that stay: it takes the rows, then the rest, and costs less."""
+    native = GroupedProduct(weights, swiglu=swiglu, deterministic=deterministic)
+
+    def specification(rows: Tensor, *rest: Any, **options: Any) -> Tensor:
+        return reference.grouped_gemm(rows, weights, *rest, swiglu=swiglu, **options)
+
+    return _by_tensor(native.__call__, specification)
 
 
 def tokens_per_tile(

@@ -56,11 +56,19 @@ def require_multiple(stem: str, name: str, tensor: Tensor, axis: int, multiple: 
 
 def require_rows(stem: str, name: str, tensor: Tensor) -> None:
     """UsageError unless the last two dimensions are rows without gaps that begin at 16 bytes."""
-    if tensor.numel() and (tensor.stride(-1) != 1 or tensor.stride(-2) != tensor.shape[-1]):
+    gaps = not tensor.is_contiguous() and (
+        tensor.stride(-1) != 1 or tensor.stride(-2) != tensor.shape[-1]
+    )
+    if gaps and tensor.numel():
         raise UsageError(
             f"{stem}: {name} has strides {list(tensor.stride())} for {list(tensor.shape)};"
             " its rows need to follow each other: give .contiguous()"
         )
+    require_aligned(stem, name, tensor)
+
+
+def require_aligned(stem: str, name: str, tensor: Tensor) -> None:
+    """UsageError unless the tensor begins at 16 bytes."""
     if tensor.data_ptr() % _ALIGNMENT_BYTES:
         raise UsageError(
             f"{stem}: {name} begins at an address that is no multiple of {_ALIGNMENT_BYTES};"
@@ -70,6 +78,9 @@ def require_rows(stem: str, name: str, tensor: Tensor) -> None:
 
 def require_cuda(stem: str, **tensors: Tensor | None) -> None:
     """UsageError unless all of them (None is left out) are on one GPU."""
+    numbers = {tensor.get_device() for tensor in tensors.values() if tensor is not None}
+    if len(numbers) == 1 and min(numbers) >= 0:
+        return
     device: torch.device | None = None
     for name, tensor in tensors.items():
         if tensor is None:

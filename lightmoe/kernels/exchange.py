@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Flags:
     failure: Tensor
     timeout_seconds: float
 
-    @property
+    @cached_property
     def _fields(self) -> tuple[Sequence[int], int, int, int, int, int]:
         return (
             self.addresses,
@@ -62,6 +63,7 @@ class Flags:
         hidden: Tensor | None,
         published: int,
         ticket: Tensor,
+        load: Tensor | None,
         *,
         num_tokens: int,
         num_experts: int,
@@ -74,7 +76,7 @@ class Flags:
         Of T tokens the first N are there, and of those the first `num_real` int32 [1], where it is
         given, are real: the others go nowhere. Up to COUNTED_PAIRS pairs need no pair_index and
         prefixes. `weights` fp32 [N, K] go with them unless they are None. hidden [N, D] is copied
-        to the address `published`, unless it is None.
+        to the address `published`, unless it is None. `load` int32 [E] counts each expert's pairs.
         """
         num_rows, num_experts_per_token = experts.shape
         row_bytes = 16 if hidden is None else hidden.shape[1] * hidden.element_size()
@@ -90,6 +92,7 @@ class Flags:
             hidden=address(hidden),
             published=published,
             ticket=address(ticket),
+            load=address(load),
             choice_offset=choice_offset,
             prefix_offset=prefix_offset,
             weight_offset=weight_offset,
@@ -115,12 +118,12 @@ class RowBlock:
     element_bytes: int
     as_int8: bool = False
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Of a row, without its scale."""
         return self.width * (1 if self.as_int8 else self.element_bytes)
 
-    @property
+    @cached_property
     def scale_offset(self) -> int:
         """From the first row to the scales, in bytes; 0 where there are none."""
         return self.num_rows * self.row_bytes if self.as_int8 else 0
@@ -136,7 +139,7 @@ class RowBlock:
         return -(-self.num_rows * self.bytes_on_link // 256) * 256
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Places:
     """Where pairs go: segments int32 [W, E, copies, 2] of a split, copy_ranks int32 [E, copies]."""
 
@@ -152,7 +155,7 @@ class Places:
         self,
         output: Tensor,
         results: Sequence[int],
-        prefixes: Tensor,
+        prefixes: int,
         choices: int,
         weights: Tensor,
         first_token: int,
@@ -167,7 +170,8 @@ class Places:
 
         `weights` fp32 [T, K], `choices` and what each rank gave, at its address in `results`
         [T * K, D] as Chunk.pull says, are of all tokens of this rank; `together`: all of it is at
-        this rank's own. `prefixes` int32 [E + 1] are this rank's, of the chunk. With `summed` a
+        this rank's own. `prefixes` are those of this rank's pairs, of the chunk; they and `choices`
+        are the addresses of rows of Chunk's. With `summed` a
         rank gave the weighted sum [T, D] of each token of which it had results: these are added in
         ascending rank.
         """
@@ -176,13 +180,13 @@ class Places:
             output.device,
             results=results,
             places=self._fields,
-            prefixes=address(prefixes),
+            prefixes=prefixes,
             choices=choices,
             weights=address(weights),
             output=address(output),
             scale_offset=block.scale_offset,
             first_token=first_token,
-            num_tokens=len(output),
+            num_tokens=output.shape[0],
             rank=rank,
             num_experts_per_token=weights.shape[1],
             width_bytes=block.row_bytes,
@@ -194,15 +198,16 @@ class Places:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Chunk:
-    """The tokens of a chunk, `spans` of each rank's, where their pairs go, and what ranks shared.
+    """The tokens of a chunk, where their pairs go, and what ranks shared.
 
-    `choices` int32 [W, S] are all ranks', with room for S; `prefixes` int32 [W, E + 1] the prefix
-    sums of each rank's pairs per expert.
+    `counts` of each rank's tokens from its `begins` on. `choices` int32 [W, S] are all ranks', with
+    room for S; `prefixes` int32 [W, E + 1] the prefix sums of each rank's pairs per expert.
     """
 
-    spans: Sequence[slice]
+    begins: Sequence[int]
+    counts: Sequence[int]
     places: Places
     choices: Tensor
     prefixes: Tensor
@@ -212,8 +217,8 @@ class Chunk:
     @property
     def _fields(self) -> tuple[object, ...]:
         return (
-            [span.start for span in self.spans],
-            [span.stop - span.start for span in self.spans],
+            self.begins,
+            self.counts,
             self.places._fields,
             address(self.choices),
             self.choices.shape[1],

@@ -7,26 +7,33 @@ from torch import Tensor
 
 from lightmoe.kernels.checks import (
     HALF_DTYPES,
+    require_aligned,
     require_cuda,
     require_dtype,
+    require_half,
     require_multiple,
     require_rows,
     require_shape,
 )
 from lightmoe.kernels.groups import PairGroups
-from lightmoe.kernels.library import address, library
+from lightmoe.kernels.library import Library, address, library
 from lightmoe.kernels.permute import permute
 from lightmoe.kernels.products import (
     GroupFields,
     Plan,
     Scratch,
-    check_pairs,
+    check_groups,
+    check_rows,
     group_fields,
     plan_product,
+    unit_ticket,
 )
 
 _STEM = "grouped_gemm"
 _FEATURE_MULTIPLE = 8
+_MOST_PLANS = 1024
+_CLAIMED_PAIRS = 4096
+"""From so many pairs on CTAs have several tiles each, and claim them: 3 % faster on an H100."""
 
 
 def grouped_gemm(
@@ -46,69 +53,140 @@ def grouped_gemm(
 ) -> Tensor:
     """[R, D] x [S, N, D] -> [P, N], with `swiglu` [P, N / 2]; rounded once, from fp32 sums.
 
-    `max_ctas` bounds the multiprocessors that are used, None: all. With `groups_settled` the tables
-    of `groups` are older than the kernel in front of this one, and weights are fetched while that
-    still runs: neither may be what it writes. `expected` pairs and groups choose the tile where
-    those of `groups` are only bounds. `output` is written and returned where given. `output_rows`
-    int64 [P] are addresses in memory that the device reaches: row p goes to that of pair p instead,
-    and what is returned has no rows, [0, N]. UsageError names the tensor that does not fit. The
-    rest is reference.grouped_gemm's.
+    `max_ctas` bounds the multiprocessors that are used, None: all; where it is given, those that
+    other kernels hold at first take fewer tiles. With `groups_settled` the tables of `groups` are
+    older than the kernel in front of this one, and weights are fetched while that still runs:
+    neither may be what it writes. `expected` pairs and groups choose the tile where those of
+    `groups` are only bounds. `output` is written and returned where given. `output_rows` int64 [P]
+    are addresses in memory that the device reaches: row p goes to that of pair p instead, and what
+    is returned has no rows, [0, N]. UsageError names the tensor that does not fit. The rest is
+    reference.grouped_gemm's.
     """
-    require_shape(_STEM, "weights", weights, None, None, None)
-    require_shape(_STEM, "rows", rows, None, weights.shape[2])
-    check_pairs(_STEM, rows, groups, row_index, pair_weight)
-    check_weights(_STEM, "weights", weights, rows.dtype, swiglu=swiglu)
-    require_cuda(
-        _STEM,
-        rows=rows,
-        weights=weights,
-        slots=groups.slots,
-        offsets=groups.offsets,
-        row_index=row_index,
-        pair_weight=pair_weight,
-        output_rows=output_rows,
-    )
-    num_pairs = groups.num_pairs
-    num_features = weights.shape[1] // (2 if swiglu else 1)
-    if output_rows is not None:
-        require_shape(_STEM, "output_rows", output_rows, num_pairs)
-        require_dtype(_STEM, "output_rows", output_rows, torch.int64)
-        output = rows.new_empty(0, num_features)
-    else:
-        if output is None:
-            output = rows.new_empty(num_pairs, num_features)
-        require_shape(_STEM, "output", output, num_pairs, num_features)
-        require_dtype(_STEM, "output", output, rows.dtype)
-    if not num_pairs:
-        return output
-    plan = plan_weights(
-        weights,
-        num_pairs,
-        len(groups.slots),
-        swiglu=swiglu,
-        deterministic=deterministic,
-        tokens_per_tile=groups.tokens_per_tile,
-        expected=expected,
-    )
-    if plan.permutes and row_index is not None:
-        # The groups may have fewer pairs than there can be: those behind have no row.
-        pair_count = groups.offsets[-1:]
-        rows = permute(rows, row_index, row_count=pair_count, max_ctas=max_ctas)
-        row_index, groups_settled = None, True
-    launch_product(
-        group_fields(groups),
-        plan,
+    return GroupedProduct(weights, swiglu=swiglu, deterministic=deterministic)(
         rows,
-        weights,
-        output,
-        row_index=row_index,
+        groups,
+        row_index,
         pair_weight=pair_weight,
-        output_rows=output_rows,
-        swiglu=swiglu,
         max_ctas=max_ctas,
         groups_settled=groups_settled,
+        expected=expected,
+        output=output,
+        output_rows=output_rows,
     )
-    return output
+
+
+class GroupedProduct:
+    """grouped_gemm with weights [S, N, D] that stay: for rows alike it checks and plans once.
+
+    The layers of a step have rows alike, chunk by chunk.
+    """
+
+    def __init__(
+        self, weights: Tensor, *, swiglu: bool = False, deterministic: bool = True
+    ) -> None:
+        self._weights = weights
+        self._swiglu = swiglu
+        self._deterministic = deterministic
+        self._plans: dict[tuple[object, ...], tuple[Library, Plan]] = {}
+
+    def __call__(
+        self,
+        rows: Tensor,
+        groups: PairGroups,
+        row_index: Tensor | None = None,
+        *,
+        pair_weight: Tensor | None = None,
+        max_ctas: int | None = None,
+        groups_settled: bool = False,
+        expected: tuple[int, int] | None = None,
+        output: Tensor | None = None,
+        output_rows: Tensor | None = None,
+    ) -> Tensor:
+        """The product of rows [R, D], with grouped_gemm's options."""
+        weights, num_pairs = self._weights, groups.num_pairs
+        sizes = (num_pairs, groups.slots.shape[0], groups.tokens_per_tile, expected)
+        form = (rows.shape, rows.stride(), rows.dtype, row_index is None, sizes)
+        planned = self._plans.get(form)
+        if planned is None:
+            self._check(rows, None if row_index is not None else num_pairs)
+        require_aligned(_STEM, "rows", rows)
+        check_groups(_STEM, groups, row_index, pair_weight)
+        require_cuda(
+            _STEM,
+            rows=rows,
+            weights=weights,
+            slots=groups.slots,
+            offsets=groups.offsets,
+            row_index=row_index,
+            pair_weight=pair_weight,
+            output_rows=output_rows,
+        )
+        num_features = self._num_features
+        if output_rows is not None:
+            require_shape(_STEM, "output_rows", output_rows, num_pairs)
+            require_dtype(_STEM, "output_rows", output_rows, torch.int64)
+            output = rows.new_empty(0, num_features)
+        elif output is None:
+            output = rows.new_empty(num_pairs, num_features)
+        else:
+            require_shape(_STEM, "output", output, num_pairs, num_features)
+            require_dtype(_STEM, "output", output, rows.dtype)
+        if not num_pairs:
+            return output
+        if planned is None or planned[0] is not library():
+            planned = self._plan(form, sizes)
+        plan = planned[1]
+        if plan.permutes and row_index is not None:
+            # The groups may have fewer pairs than there can be: those behind have no row.
+            pair_count = groups.offsets[-1:]
+            rows = permute(rows, row_index, row_count=pair_count, max_ctas=max_ctas)
+            row_index, groups_settled = None, True
+        launch_product(
+            group_fields(groups),
+            plan,
+            rows,
+            weights,
+            output,
+            row_index=row_index,
+            pair_weight=pair_weight,
+            output_rows=output_rows,
+            swiglu=self._swiglu,
+            max_ctas=max_ctas,
+            groups_settled=groups_settled,
+        )
+        return output
+
+    @property
+    def _num_features(self) -> int:
+        return self._weights.shape[1] // (2 if self._swiglu else 1)
+
+    def _check(self, rows: Tensor, num_rows: int | None) -> None:
+        """UsageError unless rows [num_rows, D] and the weights fit each other."""
+        weights = self._weights
+        require_shape(_STEM, "weights", weights, None, None, None)
+        require_shape(_STEM, "rows", rows, None, weights.shape[2])
+        require_half(_STEM, "rows", rows)
+        check_rows(_STEM, rows, num_rows)
+        check_weights(_STEM, "weights", weights, rows.dtype, swiglu=self._swiglu)
+
+    def _plan(
+        self, form: tuple[object, ...], sizes: tuple[int, int, int, tuple[int, int] | None]
+    ) -> tuple[Library, Plan]:
+        """The plan for rows of a form that was found to fit; kept."""
+        num_pairs, num_groups, tokens_per_tile, expected = sizes
+        plan = plan_weights(
+            self._weights,
+            num_pairs,
+            num_groups,
+            swiglu=self._swiglu,
+            deterministic=self._deterministic,
+            tokens_per_tile=tokens_per_tile,
+            expected=expected,
+        )
+        if len(self._plans) >= _MOST_PLANS:
+            self._plans.clear()
+        self._plans[form] = (library(), plan)
+        return self._plans[form]
 
 
 def check_weights(
@@ -161,6 +239,9 @@ def launch_product(
 ) -> None:
     """Enqueue the kernel. Everything has been checked."""
     scratch = Scratch(plan, rows.device)
+    # Who bounds the CTAs has other kernels beside them, which make some of them start late.
+    claims = max_ctas is not None or groups[-1] >= _CLAIMED_PAIRS
+    ticket = unit_ticket(rows.device) if claims and plan.tile.limit else None
     library().launch(
         _STEM,
         rows.device,
@@ -180,5 +261,6 @@ def launch_product(
         output_float32=output.dtype == torch.float32,
         max_ctas=max_ctas or 0,
         groups_settled=groups_settled,
+        unit_ticket=address(ticket),
         **scratch.arguments,
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class PairGroups:
     """Where each group's pairs begin, and which tile of `tokens_per_tile` pairs is whose.
 

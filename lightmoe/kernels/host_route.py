@@ -15,6 +15,7 @@ import numpy as np
 
 from lightmoe.errors import UsageError
 from lightmoe.kernels.route import ROUTE_NUMBERS
+from lightmoe.kernels.route_reference import Nearness
 
 REMEDY = "install a C++17 compiler (apt-get install g++), then install lightmoe again"
 _NAME = "lightmoe.kernels._light_route"
@@ -30,32 +31,49 @@ def library_path() -> Path | None:
 @functools.cache
 def _assign_of(path: Path) -> Any:
     assign = ctypes.CDLL(str(path)).light_route_assign
-    counts, copy_ranks = (
+    counts, table = (
         np.ctypeslib.ndpointer(dtype, flags="C_CONTIGUOUS") for dtype in (np.int64, np.int32)
     )
     assigned = np.ctypeslib.ndpointer(np.int64, flags=("C_CONTIGUOUS", "WRITEABLE"))
-    assign.argtypes = [counts, copy_ranks, *[ctypes.c_int] * 5, assigned]
+    assign.argtypes = [counts, table, table, *[ctypes.c_int] * 6, assigned]
     return assign
 
 
 def assign(
-    counts: np.ndarray, copy_ranks: np.ndarray, route: str, sweeps: int, path: Path
+    counts: np.ndarray,
+    copy_ranks: np.ndarray,
+    route: str,
+    sweeps: int,
+    path: Path,
+    nearness: Nearness = (),
 ) -> np.ndarray:
     """What each source rank sends to each copy: counts [W, E], int32 [E, C] -> int64 [W, E, C].
 
     `copy_ranks` are the holders of each expert, home first, then -1. The integers are those of
-    route_reference's `assign` of its `share_tokens`. UsageError where the copies make no sense.
+    route_reference's `assign` of its `share_tokens`. UsageError where the copies or levels
+    make no sense.
     """
     num_ranks, num_experts = counts.shape
     if len(copy_ranks) != num_experts:
         raise UsageError(f"route: copies of {len(copy_ranks)} experts for {num_experts} experts")
     if route not in ROUTE_NUMBERS:
         raise UsageError(f"route {route!r} is unknown; give one of {list(ROUTE_NUMBERS)}")
+    levels = _table_of(tuple(map(tuple, nearness)))
+    if len(levels) and levels.shape[1] != num_ranks:
+        raise UsageError(f"route: nearness of {levels.shape[1]} ranks for {num_ranks} ranks")
     num_copies = copy_ranks.shape[1]
     assigned = np.zeros((num_ranks, num_experts, num_copies), dtype=np.int64)
-    sizes = (num_ranks, num_experts, num_copies, ROUTE_NUMBERS[route], sweeps)
+    sizes = (num_ranks, num_experts, num_copies, len(levels), ROUTE_NUMBERS[route], sweeps)
     counts = np.ascontiguousarray(counts, dtype=np.int64)
-    failed = _assign_of(path)(counts, copy_ranks, *sizes, assigned)
+    failed = _assign_of(path)(counts, copy_ranks, levels, *sizes, assigned)
     if failed:
         raise UsageError(f"route: copies are not ranks of 0 to {num_ranks - 1}, once an expert")
     return assigned
+
+
+@functools.lru_cache(maxsize=16)
+def _table_of(nearness: tuple[tuple[int, ...], ...]) -> np.ndarray:
+    """int32 [N, W] of as many levels; [0] without any."""
+    table = np.array(nearness, dtype=np.int32)
+    table.flags.writeable = False
+    return table

@@ -21,6 +21,7 @@ from lightmoe.kernels.checks import (
 )
 from lightmoe.kernels.groups import PairGroups
 from lightmoe.kernels.library import address, library
+from lightmoe.kernels.streams import raw_stream
 from lightmoe.kernels.tiles import (
     Product,
     Tile,
@@ -127,24 +128,33 @@ def _plan(
 
 
 class Scratch:
-    """What a launch of a plan needs beside its operands; keep it until the launch is enqueued."""
+    """What a launch of a plan needs beside its operands; keep it until the launch is enqueued.
+
+    `arguments` are those of the binding.
+    """
+
+    __slots__ = ("_memory", "arguments")
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
-        self._sums: Tensor | None = None
-        self._tickets: Tensor | None = None
-        self._depth_splits = plan.depth_splits
-        if plan.depth_splits > 1:
-            self._sums = torch.empty(plan.sums_bytes, dtype=torch.uint8, device=device)
-            self._tickets = _tickets(plan.num_tickets, device)
-
-    @property
-    def arguments(self) -> dict[str, int]:
-        """Arguments of the binding."""
-        return {
-            "split_sums": address(self._sums),
-            "split_tickets": address(self._tickets),
-            "depth_splits": self._depth_splits,
+        if plan.depth_splits == 1:
+            self.arguments = _NO_SPLITS
+            return
+        sums = torch.empty(plan.sums_bytes, dtype=torch.uint8, device=device)
+        tickets = _tickets(plan.num_tickets, device)
+        self._memory = (sums, tickets)
+        self.arguments = {
+            "split_sums": address(sums),
+            "split_tickets": address(tickets),
+            "depth_splits": plan.depth_splits,
         }
+
+
+_NO_SPLITS = {"split_sums": 0, "split_tickets": 0, "depth_splits": 1}
+
+
+def unit_ticket(device: torch.device) -> Tensor:
+    """The ticket of which CTAs claim tiles; keep it until the launch is enqueued."""
+    return _tickets(1, device)
 
 
 _tickets_of_stream: dict[tuple[torch.device, int], list[Tensor]] = {}
@@ -156,9 +166,7 @@ def _tickets(count: int, device: torch.device) -> Tensor:
     A graph keeps the addresses it was captured with, so none is freed when larger ones are needed.
     In a capture only memory that exists is shared: what is made there, that graph alone zeroes.
     """
-    tables = _tickets_of_stream.setdefault(
-        (device, torch.cuda.current_stream(device).cuda_stream), []
-    )
+    tables = _tickets_of_stream.setdefault((device, raw_stream(device)), [])
     if tables and len(tables[-1]) >= count:
         return tables[-1]
     zeros = torch.zeros(2 * count, dtype=torch.int32, device=device)
@@ -174,7 +182,7 @@ def group_fields(groups: PairGroups) -> GroupFields:
         address(groups.offsets),
         address(groups.tile_offsets),
         address(groups.tile_groups),
-        len(groups.slots),
+        groups.slots.shape[0],
         groups.num_pairs,
     )
 
@@ -199,11 +207,22 @@ def check_order(
     pair_weight: Tensor | None,
 ) -> None:
     """check_pairs of rows of any dtype."""
+    check_rows(stem, rows, groups.num_pairs if row_index is None else None)
+    check_groups(stem, groups, row_index, pair_weight)
+
+
+def check_rows(stem: str, rows: Tensor, num_rows: int | None) -> None:
+    """UsageError unless the kernels take rows [R, D] of this form; `num_rows` None: any number."""
     require_multiple(stem, "rows", rows, 1, 16 // rows.element_size())
     require_rows(stem, "rows", rows)
-    if row_index is None:
-        require_shape(stem, "rows", rows, groups.num_pairs, None)
-    else:
+    require_shape(stem, "rows", rows, num_rows, None)
+
+
+def check_groups(
+    stem: str, groups: PairGroups, row_index: Tensor | None, pair_weight: Tensor | None
+) -> None:
+    """UsageError unless groups have tiles, and row_index [P] and pair_weight [P] fit them."""
+    if row_index is not None:
         require_shape(stem, "row_index", row_index, groups.num_pairs)
         require_dtype(stem, "row_index", row_index, torch.int32)
     if pair_weight is not None:

@@ -10,7 +10,7 @@ S slots.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Literal, Protocol, runtime_checkable
@@ -167,6 +167,19 @@ def sort_pairs(
         assert weights is not None, "pair_weight comes with weights"
         pair_weight.copy_(weights.flatten()[order])
     return groups, (order // experts.shape[1]).int(), pair_index.view_as(experts)
+
+
+def sort_chunks(
+    experts: Tensor, num_experts: int, chunks: Sequence[slice]
+) -> tuple[Tensor, Tensor]:
+    """Sort each chunk of experts [T, K] by itself: where its experts begin, where its pairs went.
+
+    Chunks follow each other and have all tokens. First pairs int32 [C, E + 1], indices [T, K].
+    """
+    slots = torch.arange(num_experts, dtype=torch.int32, device=experts.device)
+    parts = [sort_pairs(experts[chunk], num_experts, slots, BLOCK_ROWS) for chunk in chunks]
+    offsets = torch.stack([groups.offsets for groups, _, _ in parts])
+    return offsets, torch.cat([pair_index for _, _, pair_index in parts])
 
 
 def _first_of_each(counts: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ from lightmoe.kernels.route_reference import NUM_SWEEPS, RouteSplit
 from lightmoe.kernels.sort_pairs import MAX_EXPERTS, TOKENS_PER_TILE
 
 MAX_RANKS = 64
+MAX_LEVELS = 3
+"""Levels of nearness."""
+
 ROUTE_NUMBERS = {"none": 0, "even": 1, "waterfill": 2, "fewest": 3}
 """The routes, and their numbers in light_ops.h."""
 
@@ -30,17 +33,23 @@ def route_split(
     route: str,
     rank: int,
     sweeps: int = NUM_SWEEPS,
+    nearness: Tensor | None = None,
 ) -> RouteSplit:
     """Split all ranks' pairs over the copies of their experts: reference's, on the GPU.
 
     `source_offsets` int32 [W, E + 1] may be rows of a longer table. All ranks together have fewer
-    than 2^26 pairs. UsageError names the tensor that does not fit.
+    than 2^26 pairs; `nearness` int32 [N, W] has at most MAX_LEVELS levels. UsageError names the
+    tensor that does not fit.
     """
     require_shape(_STEM, "source_offsets", source_offsets, None, None)
     num_ranks, num_experts = source_offsets.shape[0], source_offsets.shape[1] - 1
     require_shape(_STEM, "copy_ranks", copy_ranks, num_experts, None)
     require_shape(_STEM, "slots", slots, num_experts)
     tensors = {"source_offsets": source_offsets, "copy_ranks": copy_ranks, "slots": slots}
+    if nearness is not None:
+        tensors["nearness"] = nearness
+        require_shape(_STEM, "nearness", nearness, None, num_ranks)
+        _check_levels(nearness)
     for name, tensor in tensors.items():
         require_dtype(_STEM, name, tensor, torch.int32)
     _check_sizes(num_ranks, num_experts, copy_ranks.shape[1], rank, max_pairs)
@@ -58,7 +67,7 @@ def route_split(
     library().launch(
         _STEM,
         source_offsets.device,
-        tables=tuple(map(address, (source_offsets, copy_ranks, *made, None))),
+        tables=tuple(map(address, (source_offsets, copy_ranks, *made, None, nearness))),
         source_stride=source_offsets.stride(0),
         num_ranks=num_ranks,
         num_experts=num_experts,
@@ -68,6 +77,7 @@ def route_split(
         sweeps=sweeps,
         tokens_per_tile=tokens_per_tile,
         most_tiles=most_tiles,
+        num_levels=0 if nearness is None else len(nearness),
     )
     segments, offsets, tile_offsets, tile_groups, rank_pairs = made
     return RouteSplit(
@@ -88,6 +98,14 @@ def _check_sizes(
         raise UsageError(f"{_STEM}: {num_copies} copies on {num_ranks} ranks; it takes one a rank")
     if not 0 <= max_pairs < _MAX_PAIRS:
         raise UsageError(f"{_STEM}: max_pairs {max_pairs}; it takes fewer than {_MAX_PAIRS}")
+
+
+def _check_levels(nearness: Tensor) -> None:
+    if not 1 <= len(nearness) <= MAX_LEVELS or not nearness.is_contiguous():
+        raise UsageError(
+            f"{_STEM}: nearness of {len(nearness)} levels; it takes 1 to {MAX_LEVELS} in one piece,"
+            " or None"
+        )
 
 
 def _check_choices(route: str, sweeps: int, tokens_per_tile: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,8 @@ from lightmoe.kernels.workspace import workspace_of
 MAX_EXPERTS = 512
 MAX_EXPERTS_PER_TOKEN = 16
 TOKENS_PER_TILE = range(8, 257, 8)
+_ANY_TILE = 64
+"""Pairs a tile where nobody asks for tiles."""
 
 _STEM = "sort_pairs"
 
@@ -34,14 +38,7 @@ def sort_pairs(
     Experts are of int32, or of another integer type at the cost of a copy. `pair_weight` fp32 [P]
     is written from `weights` [T, K] where it is given.
     """
-    require_shape(_STEM, "experts", experts, None, None)
-    if not 1 <= num_experts <= MAX_EXPERTS:
-        raise UsageError(f"{_STEM}: {num_experts} experts; it takes 1 to {MAX_EXPERTS}")
-    if not 1 <= experts.shape[1] <= MAX_EXPERTS_PER_TOKEN:
-        raise UsageError(
-            f"{_STEM}: experts has size {experts.shape[1]} in dimension 1; it takes 1 to"
-            f" {MAX_EXPERTS_PER_TOKEN}"
-        )
+    _check_experts(experts, num_experts)
     if (weights is None) != (pair_weight is None):
         raise UsageError(f"{_STEM}: weights and pair_weight go together; give both or none")
     if weights is not None:
@@ -60,6 +57,69 @@ def sort_pairs(
         max_ctas=0,
     )
     return table.groups, table.pair_row, table.pair_index
+
+
+def sort_chunks(
+    experts: Tensor, num_experts: int, chunks: Sequence[slice]
+) -> tuple[Tensor, Tensor]:
+    """Sort each chunk of experts [T, K] by itself: where its experts begin, where its pairs went.
+
+    reference.sort_chunks', a launch a chunk. Experts are sort_pairs'.
+    """
+    _check_experts(experts, num_experts)
+    require_cuda(_STEM, experts=experts)
+    experts = experts.to(torch.int32).contiguous()
+    num_tokens, per_token = experts.shape
+    counts = [chunk.stop - chunk.start for chunk in chunks]
+    assert sum(counts) == num_tokens, "chunks have all tokens"
+    num_pairs, num_offsets = num_tokens * per_token, len(chunks) * (num_experts + 1)
+    most_pairs = max(counts) * per_token
+    most_tiles = most_pairs // _ANY_TILE + min(num_experts, most_pairs)
+    # What nobody reads, rows and tiles, is the same for all chunks: their sorts do not overlap.
+    sizes = (num_pairs, num_offsets, most_pairs, num_experts + 1, most_tiles)
+    memory = torch.empty(sum(sizes), dtype=torch.int32, device=experts.device)
+    begin, workspace = address(memory), workspace_of(experts.device)
+    indices, offsets, rows, tile_offsets, tile_groups, _ = (
+        begin + 4 * size for size in itertools.accumulate(sizes, initial=0)
+    )
+    chosen = address(experts)
+    kept = (address(workspace), workspace.numel())
+    for number, (chunk, count) in enumerate(zip(chunks, counts, strict=True)):
+        first = 4 * per_token * chunk.start
+        library().launch(
+            _STEM,
+            experts.device,
+            experts=chosen + first,
+            weights=0,
+            sort=(
+                rows,
+                indices + first,
+                0,
+                offsets + 4 * number * (num_experts + 1),
+                0,
+                tile_offsets,
+                tile_groups,
+                *kept,
+                _ANY_TILE,
+                count,
+                num_experts,
+                per_token,
+            ),
+            max_ctas=0,
+        )
+    shared = memory[num_pairs : num_pairs + num_offsets].view(len(chunks), num_experts + 1)
+    return shared, memory[:num_pairs].view(num_tokens, per_token)
+
+
+def _check_experts(experts: Tensor, num_experts: int) -> None:
+    require_shape(_STEM, "experts", experts, None, None)
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise UsageError(f"{_STEM}: {num_experts} experts; it takes 1 to {MAX_EXPERTS}")
+    if not 1 <= experts.shape[1] <= MAX_EXPERTS_PER_TOKEN:
+        raise UsageError(
+            f"{_STEM}: experts has size {experts.shape[1]} in dimension 1; it takes 1 to"
+            f" {MAX_EXPERTS_PER_TOKEN}"
+        )
 
 
 @dataclass(frozen=True)

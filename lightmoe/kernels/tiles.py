@@ -28,7 +28,7 @@ FEW_TOKENS = 64  # of one matrix: more are more work than reading it
 STAGES_ALONE = 9  # of a CTA that has a multiprocessor to itself
 _QUEUE_TILES = 16
 _SWIZZLE_BYTES = 1024  # at whose multiples the stages of warpgroup tiles begin
-_RING_BYTES = 2 * MOST_STAGES * 8 + 17 * CHUNK_BYTES  # barriers, and the ring of units
+_RING_BYTES = 2 * MOST_STAGES * 8 + 16 * CHUNK_BYTES  # barriers, and the ring of units
 _RESERVED_BYTES = 1024  # of an SM's shared memory, for each CTA
 _SMALLEST_GROUP = 32
 _SCALE_SPAN = 128  # elements of depth that share an e4m3 scale
@@ -390,7 +390,7 @@ def choose_stages(product: Product, tile: Tile) -> int:
 
     Half the multiprocessors read as fast as all if twice as many bytes are on their way to each.
     """
-    if not tile.limit or not _is_narrow(product):
+    if not tile.limit or tile.ctas_per_sm == 1 or not _is_narrow(product):
         return tile.stages
     alone = product.num_outputs(tile) <= MULTIPROCESSORS[product.architecture]
     return STAGES_ALONE if alone else tile.stages

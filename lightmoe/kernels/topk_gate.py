@@ -149,7 +149,7 @@ def route_tokens(
     return experts, weights, table.groups, table.pair_row, table.pair_index
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Source:
     """Where the logits come from: given or made, or of the gate's own product."""
 
@@ -172,11 +172,11 @@ def _source(
         if hidden is None or router_weight is None:
             raise UsageError(f"{_STEM}: it needs logits, or hidden and router_weight; give them")
         check_router(hidden, router_weight)
-        num_experts = len(router_weight)
+        (num_tokens, width), num_experts = hidden.shape, router_weight.shape[0]
         rule.check(num_experts)
         require_cuda(_STEM, hidden=hidden, router_weight=router_weight, bias=rule.bias)
-        if len(hidden) <= FUSED_TOKENS and hidden.shape[1] <= MAX_FUSED_WIDTH:
-            return _Source(None, hidden, router_weight, len(hidden), num_experts, hidden.device)
+        if num_tokens <= FUSED_TOKENS and width <= MAX_FUSED_WIDTH:
+            return _Source(None, hidden, router_weight, num_tokens, num_experts, hidden.device)
         logits = _logits(hidden, router_weight, deterministic)
     else:
         require_shape(_STEM, "logits", logits, None, None)
@@ -187,7 +187,7 @@ def _source(
         require_rows(_STEM, "logits", logits)
         rule.check(logits.shape[1])
         require_cuda(_STEM, logits=logits, bias=rule.bias)
-    return _Source(logits, None, None, len(logits), logits.shape[1], logits.device)
+    return _Source(logits, None, None, logits.shape[0], logits.shape[1], logits.device)
 
 
 def check_router(hidden: Tensor, router_weight: Tensor) -> None:
@@ -208,16 +208,17 @@ def _logits(hidden: Tensor, router_weight: Tensor, deterministic: bool) -> Tenso
     """The router's product for many tokens, fp32 [T, E]."""
     if not deterministic and router_weight.dtype == hidden.dtype:
         return matmul(hidden, router_weight, output_float32=True, deterministic=False)
-    logits = torch.empty(len(hidden), len(router_weight), dtype=torch.float32, device=hidden.device)
+    (num_tokens, width), num_experts = hidden.shape, router_weight.shape[0]
+    logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=hidden.device)
     library().launch(
         "router_logits",
         hidden.device,
         hidden=address(hidden),
         router_weight=address(router_weight),
         logits=address(logits),
-        num_tokens=len(hidden),
-        num_experts=len(router_weight),
-        width=hidden.shape[1],
+        num_tokens=num_tokens,
+        num_experts=num_experts,
+        width=width,
         input=_DTYPES[hidden.dtype],
         router=_DTYPES[router_weight.dtype],
         max_ctas=0,

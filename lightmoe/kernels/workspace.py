@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightmoe.kernels.streams import raw_stream
+
 BYTES = 9 << 20
 """Enough for 512 experts and the router product of 64 tokens of width 16384."""
 
@@ -20,9 +22,10 @@ def workspace_of(device: torch.device) -> Tensor:
     The first time on a stream should not be inside a graph's capture: the graph would then zero its
     memory in every replay, which costs a launch.
     """
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    if key in _workspaces:
-        return _workspaces[key]
+    key = (device.index, raw_stream(device))
+    found = _workspaces.get(key)
+    if found is not None:
+        return found
     workspace = torch.zeros(BYTES, dtype=torch.uint8, device=device)
     if not torch.cuda.is_current_stream_capturing():
         # Never given back: captured graphs hold its address.

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightmoe.kernels.streams import on_stream
+from lightmoe.kernels.streams import follow, on_stream
 from lightmoe.moe.dispatch import Dispatcher, Receipt
 from lightmoe.moe.experts import Experts
 from lightmoe.moe.gate import Choice
@@ -92,7 +92,7 @@ def _following(stream: torch.cuda.Stream | None, hidden: Tensor) -> Iterator[Non
         yield
         return
     current = torch.cuda.current_stream(hidden.device)
-    stream.wait_stream(current)
+    follow(stream, current)
     with on_stream(stream, current):
         yield
 

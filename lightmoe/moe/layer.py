@@ -50,6 +50,11 @@ class MoELayer:
         self.next_gate: Gate | None = None  # set where one wants to know what comes next
         self._halves = (dispatcher, second_dispatcher or dispatcher)
         self.overflow = overflow
+        # What an overflow moves counts as it was chosen, which no transport knows.
+        row, counting = load.row(layer), [False]
+        if overflow is None:
+            counting = [one.counts_into(row) for one in self._halves]
+        self._counted = all(counting)
 
     def begin(self, hidden: Tensor, half: int) -> InFlight:
         """Send one half of a step, [T, D], on its way; `compute` and `finish` follow."""
@@ -57,7 +62,7 @@ class MoELayer:
         dispatcher.publish(hidden)
         with span("gate", self.layer):
             choice = self.gate(hidden, dispatcher.pair_sort)
-        self.load.add(self.layer, choice)
+        self._count(choice)
         choice = self._within_capacity(hidden, choice, half)
         return halves.begin(dispatcher, hidden, choice, half)
 
@@ -76,7 +81,7 @@ class MoELayer:
         sort = self.dispatcher.pair_sort if num_chunks == 1 else None
         with span("gate", self.layer):
             choice = self.gate(hidden, sort)  # experts [T, K], weights [T, K]
-        self.load.add(self.layer, choice)
+        self._count(choice)
         choice = self._within_capacity(hidden, choice)
         if self.next_gate is not None:
             choice = replace(choice, guessed=self.next_gate(hidden).experts)
@@ -92,6 +97,12 @@ class MoELayer:
                 self.shared_expert,
                 self.overlap,
             )
+
+    def _count(self, choice: Choice) -> None:
+        if self._counted:
+            self.load.keep(self.layer, choice)
+        else:
+            self.load.add(self.layer, choice)
 
     def _within_capacity(self, hidden: Tensor, choice: Choice, half: int = 0) -> Choice:
         """What is to run of the gate's choice, where ranks have a capacity."""

@@ -29,6 +29,10 @@ class LoadCounter:
         ones = self._one.expand(len(experts)) if self.counted is None else self.counted
         self._counts[layer].index_add_(0, experts, ones)
 
+    def row(self, layer: int) -> torch.Tensor:
+        """One layer's counts, int32 [E], for whoever adds to them; there for good."""
+        return self._counts[layer]
+
     def keep(self, layer: int, choice: Choice) -> None:
         """Where choices are recorded, this is what runs.
 

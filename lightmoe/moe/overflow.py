@@ -22,7 +22,7 @@ from lightmoe.distributed.communicator import Communicator
 from lightmoe.moe.dispatch import ExpertGroup
 from lightmoe.moe.gate import Choice, Gate
 from lightmoe.moe.relief import Relief
-from lightmoe.moe.route import copy_of_each, copy_rank_table, split_over_copies
+from lightmoe.moe.route import Nearness, copy_of_each, copy_rank_table, split_over_copies
 from lightmoe.telemetry.trace import span
 
 
@@ -42,9 +42,11 @@ class Flow:
     pairs: np.ndarray
 
     @classmethod
-    def of(cls, counts: np.ndarray, copies: Sequence[Sequence[int]], route: str) -> Flow:
+    def of(
+        cls, counts: np.ndarray, copies: Sequence[Sequence[int]], route: str, nearness: Nearness
+    ) -> Flow:
         """Route the counts."""
-        assigned = split_over_copies(counts, copies, route)
+        assigned = split_over_copies(counts, copies, route, nearness=nearness)
         holders = copy_rank_table(copies)
         num_ranks = len(counts)
         pairs = np.zeros((num_ranks, num_ranks + 1), dtype=np.int64)  # -1 is the last, of zeros
@@ -146,7 +148,7 @@ class Overflow:
         capacity, before, passed = 0, 0, False
         while True:
             counts = self._count(relief.experts, len(copies))
-            flow = Flow.of(counts, copies, group.route)
+            flow = Flow.of(counts, copies, group.route, group.nearness)
             capacity = capacity or capacity_of(
                 int(counts.sum()), len(counts), self._rule.capacity_factor
             )

@@ -6,6 +6,7 @@ the experts, and pay every alpha again: the reading of the weights is in the exp
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -129,6 +130,7 @@ def fit(points: Sequence[tuple[int, float]]) -> StageCost:
     return min(allowed, key=lambda cost: _error(cost, points))
 
 
+@functools.lru_cache(maxsize=256)  # every layer of a step asks
 def choose_chunks(costs: LayerCosts, num_tokens: int, max_chunks: int = MAX_CHUNKS) -> ChunkChoice:
     """The chunk count in 1..max_chunks with the least predicted time; 1 where overlap would lose.
 

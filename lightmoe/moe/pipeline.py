@@ -1,11 +1,13 @@
 """The exchange of one chunk of tokens behind the experts of another.
 
-    exchange  rows 0 | rows 1 | rows 2 | ...  | results 0 | results 1 | ...
-    compute            up 0       | up 1      | up 2      | ...
-    beside                        | down 0    | down 1    | ...
+    exchange  rows 0 | rows 1 | rows 2 | ...            | results 0 | results 1 | ...
+    compute            up 0       | up 1      | up 2
+    beside                        | down 0    | down 1  | down 2
 
 Where the second product writes its results to other ranks it waits for links, and the first product
 of the next chunk runs beside it. Without a stream beside both follow each other.
+Where results are added up on the rank's own card that takes the products' time wherever it runs:
+it is put off until the last second product, which waits for links and has nothing beside it.
 The calls are those of a layer without overlap, so `num_chunks` never changes a bit of the answer.
 """
 
@@ -16,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightmoe.kernels.streams import on_stream
+from lightmoe.kernels.streams import follow, on_stream
 from lightmoe.moe.dispatch import Dispatcher, Receipt
 from lightmoe.moe.experts import Experts
 from lightmoe.moe.overlap_model import Overlap
@@ -64,15 +66,21 @@ def _overlapped(
     shared_expert: SharedExpert | None,
     overlap: Overlap,
 ) -> Tensor:
-    """On three streams, joined before this returns, so what it frees is in nobody's use."""
+    """On three streams, joined before this returns, so what it frees is in nobody's use.
+
+    Until then it frees nothing: what one stream reads of another's lives as long. Later uses of the
+    others begin behind this one, so memory that they get again is read by nobody any more.
+    """
     compute, exchange = torch.cuda.current_stream(hidden.device), dispatcher.stream
     assert exchange is not None
     beside = dispatcher.beside or compute
     alone, cut = overlap.expert_ctas, dispatcher.beside is not None
     at_once, last = dispatcher.exchanges_at_once, len(receipts) - 1
+    put_off, waits = dispatcher.combines_here, experts.waits_for_links
     arriving: list[tuple[Tensor, torch.cuda.Event]] = []
     parts: list[Tensor] = []
-    done, pairs = compute.record_event(), hidden  # of the chunk before
+    inners: list[Tensor] = []
+    results: list[Tensor] = []  # of the experts
 
     def dispatch(chunk: int) -> None:
         with span("dispatch", chunk=chunk):
@@ -80,50 +88,48 @@ def _overlapped(
         arriving.append((rows, exchange.record_event()))
 
     def combine(chunk: int) -> None:
-        exchange.wait_event(done)
         with span("combine", chunk=chunk):
-            parts.append(dispatcher.combine(pairs, weights, receipts[chunk]))
+            parts.append(dispatcher.combine(results[chunk], weights, receipts[chunk]))
 
     def exchange_both(chunk: int) -> None:
-        exchange.wait_event(done)
         with span("exchange", chunk=chunk):
             rows, part = dispatcher.exchange(
-                (hidden, receipts[chunk]), (pairs, weights, receipts[chunk - 2])
+                (hidden, receipts[chunk]), (results[chunk - 2], weights, receipts[chunk - 2])
             )
         arriving.append((rows, exchange.record_event()))
         parts.append(part)
 
-    exchange.wait_stream(compute)
+    follow(exchange, compute)
     with on_stream(exchange, compute):
         for chunk in range(2 if at_once else len(receipts)):
             dispatch(chunk)
     added = None if shared_expert is None else shared_expert(hidden)
     for index, receipt in enumerate(receipts):
-        if index:
-            with on_stream(exchange, compute):
-                if at_once and index < last:
-                    exchange_both(index + 1)
-                else:
-                    combine(index - 1)
+        with on_stream(exchange, compute):
+            if at_once and 0 < index < last:
+                exchange_both(index + 1)
+            elif not put_off and index:
+                combine(index - 1)
+            elif put_off and index == last:
+                for chunk in range(last):
+                    combine(chunk)
         rows, arrived = arriving[index]
         compute.wait_event(arrived)
-        rows.record_stream(compute)
         with span("experts", chunk=index):
             up_ctas = overlap.up_ctas if cut and index else alone
-            inner = experts.up(rows, receipt, max_ctas=up_ctas)
+            inners.append(experts.up(rows, receipt, max_ctas=up_ctas))
         if cut:
-            beside.wait_stream(compute)
+            follow(beside, compute)
         with on_stream(beside, compute), span("experts", chunk=index):
             down_ctas = overlap.down_ctas if cut and index < last else alone
+            if put_off and waits and index == last:
+                down_ctas = overlap.up_ctas  # the sums have the others
             output = dispatcher.output_of(receipt)
-            pairs = experts.down(inner, receipt, output=output, max_ctas=down_ctas)
-            done = beside.record_event()
-        inner.record_stream(beside)
-        pairs.record_stream(exchange)
+            down = experts.down(inners[index], receipt, output=output, max_ctas=down_ctas)
+        results.append(down)
+        follow(exchange, beside)
     with on_stream(exchange, compute):
         combine(last)
-    compute.wait_stream(exchange)
-    for part in parts:
-        part.record_stream(compute)
+    follow(compute, exchange)
     result = torch.cat(parts)
     return result if added is None else result.add_(added)

@@ -20,6 +20,7 @@ from lightmoe.kernels.route_reference import (
     NUM_SWEEPS,
     ROUTES,
     Copies,
+    Nearness,
     Shares,
     assign,
     pour,
@@ -35,6 +36,7 @@ __all__ = [
     "NUM_SWEEPS",
     "ROUTES",
     "Copies",
+    "Nearness",
     "Objective",
     "Shares",
     "assign",
@@ -58,14 +60,18 @@ logger = logging.getLogger("lightmoe.route")
 
 
 def split_over_copies(
-    counts: np.ndarray, copies: Copies, route: str, sweeps: int = NUM_SWEEPS
+    counts: np.ndarray,
+    copies: Copies,
+    route: str,
+    sweeps: int = NUM_SWEEPS,
+    nearness: Nearness = (),
 ) -> np.ndarray:
     """How many of each source's tokens of each expert go to each copy: [W, E] -> [W, E, C]."""
     path = host_route.library_path()
     if path is None:
         _say_that_it_is_slow()
-        return assign(counts, copies, share_tokens(counts, copies, route, sweeps))
-    return host_route.assign(counts, copy_rank_table(copies), route, sweeps, path)
+        return assign(counts, copies, share_tokens(counts, copies, route, sweeps), nearness)
+    return host_route.assign(counts, copy_rank_table(copies), route, sweeps, path, nearness)
 
 
 @functools.cache
@@ -88,7 +94,12 @@ def _copy_ranks(copies: tuple[tuple[int, ...], ...]) -> np.ndarray:
 
 
 def pair_ranks(
-    experts: np.ndarray, token_ranks: np.ndarray, copies: Copies, num_ranks: int, route: str
+    experts: np.ndarray,
+    token_ranks: np.ndarray,
+    copies: Copies,
+    num_ranks: int,
+    route: str,
+    nearness: Nearness = (),
 ) -> np.ndarray:
     """The rank each pair goes to: experts [T, K], source rank of each token [T] -> ranks [T, K].
 
@@ -100,7 +111,7 @@ def pair_ranks(
         with_none = np.full(experts.shape, num_ranks)
         sources = np.broadcast_to(token_ranks[:, None], experts.shape)[chosen]
         pairs = experts[chosen][:, None]
-        with_none[chosen] = pair_ranks(pairs, sources, copies, num_ranks, route)[:, 0]
+        with_none[chosen] = pair_ranks(pairs, sources, copies, num_ranks, route, nearness)[:, 0]
         return with_none
     num_experts = len(copies)
     num_per_token = experts.shape[1]
@@ -111,7 +122,7 @@ def pair_ranks(
     if width == 1 or not len(key):
         homes: np.ndarray = copy_ranks[experts, 0]
         return homes.reshape(-1, num_per_token)
-    assigned = split_over_copies(counts, copies, route).reshape(-1, width)
+    assigned = split_over_copies(counts, copies, route, nearness=nearness).reshape(-1, width)
     ranks: np.ndarray = copy_ranks[experts.ravel(), copy_of_each(key, assigned)]
     return ranks.reshape(-1, num_per_token)
 

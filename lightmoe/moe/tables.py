@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightmoe.moe.placement import Placement
+from lightmoe.moe.route import Nearness
 
 Copies = tuple[tuple[int, ...], ...]
 """copies[expert]: the ranks that hold it, home first, then ascending."""
@@ -28,10 +29,14 @@ class PlacementTables:
     | copies [L] | copy_ranks on the host |
     | num_held [L] | experts of the layer that this rank has |
     | placement | what all of it says |
+    | nearness int32 [N, W], device | which ranks are near each other; None where all are alike |
     """
 
-    def __init__(self, placement: Placement, rank: int, device: torch.device) -> None:
+    def __init__(
+        self, placement: Placement, rank: int, device: torch.device, nearness: Nearness = ()
+    ) -> None:
         self.placement = placement
+        self.nearness = torch.tensor(nearness, dtype=torch.int32).to(device) if nearness else None
         self.copies: list[Copies] = list(placement.copies)
         self._rank = rank
         num_layers, num_experts, num_ranks = placement.slot_table.shape

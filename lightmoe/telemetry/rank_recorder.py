@@ -21,6 +21,9 @@ class TraceConfig:
     """Steps first_step .. first_step + num_steps - 1 are recorded, into `folder`.
 
     The step before them runs under the profilers too, which are slow at first, and is dropped.
+    These steps run alone: enqueued behind another, a step would begin on the host while that one
+    runs, so its span would hold both, and the bytes sent, counted on the device, would be of both.
+    All other steps run as without a trace.
     Without `device_records` what runs on the device is somebody else's to record: nsys.
     """
 
@@ -57,18 +60,25 @@ class RankRecorder:
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[StepNote]:
         """Run one step in it; its number counts from the engine's start."""
-        first = self._config.first_step
-        end = first + self._config.num_steps
         note = StepNote()
-        if self._done or not first - 1 <= number < end:
+        if not self.covers(number):
             yield note
             return
+        first = self._config.first_step
         self._start_profiler()
         with self._spans.recording(number if number >= first else None), span("step"):
             yield note
         self._notes[number] = note
-        if number == end - 1:
+        if number == self._last_step:
             self.close()
+
+    def covers(self, number: int) -> bool:
+        """Whether that step runs under the profilers, and so alone."""
+        return not self._done and self._config.first_step - 1 <= number <= self._last_step
+
+    @property
+    def _last_step(self) -> int:
+        return self._config.first_step + self._config.num_steps - 1
 
     def close(self) -> None:
         """Write what was recorded, if anything was and it has not been written."""
@@ -97,7 +107,7 @@ class RankRecorder:
         from torch.profiler import ProfilerActivity, profile
 
         torch.cuda.synchronize()
-        self._profiler = profile(activities=[ProfilerActivity.CUDA])
+        self._profiler = profile(activities=[ProfilerActivity.CUDA], acc_events=True)
         self._profiler.start()
 
     def _stop_profiler(self, spans: list[Record]) -> list[Record]:

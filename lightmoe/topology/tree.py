@@ -17,6 +17,9 @@ from lightmoe.topology.parts import Device, Fabric, Link, Node, Rank
 
 Direction = Literal["up", "down", "both"]
 
+NEARNESS_LEVELS = 3
+"""A bridge, a switch, a socket."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Hop:
@@ -241,6 +244,25 @@ class Topology:
             return (0,) * self.num_ranks
         first: dict[str, int] = {}
         return tuple(first.setdefault(entry.parent, rank) for rank, entry in enumerate(self.ranks))
+
+    def nearness(self) -> tuple[tuple[int, ...], ...]:
+        """Who is near whom [N, W]: in each level ranks of one number, that of the first of them.
+
+        First those that a bridge or another fabric joins, then those below the same switch, the
+        same socket, and so on up to the root; levels that tell nobody apart, or everybody, are left
+        out, and of more than NEARNESS_LEVELS the farthest.
+        """
+        if any(len(set(fabric.ranks)) == self.num_ranks for fabric in self.fabrics):
+            return ()
+        ranks = range(self.num_ranks)
+        paths = [self._ancestors(rank)[::-1] for rank in ranks]
+        joined = [[min(f.ranks) for f in self.fabrics if rank in f.ranks] for rank in ranks]
+        levels = [tuple(min(first, default=rank) for rank, first in enumerate(joined))]
+        for depth in range(max(map(len, paths)), 1, -1):
+            above = [path[:depth] for path in paths]
+            levels.append(tuple(above.index(path) for path in above))
+        telling = [level for level in dict.fromkeys(levels) if 1 < len(set(level)) < len(level)]
+        return tuple(telling[:NEARNESS_LEVELS])
 
     def exchange_order(self, rank: int) -> tuple[int, ...]:
         """To whom a rank sends in rounds 1, 2, ...: in every round each rank has one sender.

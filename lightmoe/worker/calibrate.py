@@ -80,9 +80,14 @@ def choose_overlap(
 
 
 def _expert_ctas(device: torch.device, exchange_ctas: int) -> int:
-    """Multiprocessors that the exchange leaves to the experts."""
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(num_sms // 2, num_sms - exchange_ctas)
+    """Multiprocessors of the experts.
+
+    All where CTAs claim their tiles, so that those the exchange makes late take fewer; elsewhere
+    what it leaves.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    num_sms = properties.multi_processor_count
+    return num_sms if properties.major >= 9 else max(num_sms // 2, num_sms - exchange_ctas)
 
 
 def decide(stages: Stages, max_tokens: int, expert_ctas: int) -> tuple[Overlap, str]:
@@ -141,6 +146,7 @@ def _time_stages(
         group.in_halves, group.tokens_per_rank = False, before
         lane.count_pairs()
         lane.move_pairs()  # what was timed was nobody's
+        layer.load.move()
         lane.take_bytes_sent()
     enqueuing = fit(list(zip(_HOST_CHUNKS, host, strict=True)))
     return Stages(_fit(sizes, alone, enqueuing), _fit(sizes, beside, enqueuing))

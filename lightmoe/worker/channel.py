@@ -12,24 +12,18 @@ import hmac
 import operator
 import socket
 import struct
-from dataclasses import astuple
 from typing import Any
 
 import msgpack
 import numpy as np
 
-from lightmoe.core import (
-    Batch,
-    HostTierCounts,
-    SampledToken,
-    SamplingStep,
-    SequenceStep,
-    StepResult,
-)
+from lightmoe.core import Batch, SampledToken, SamplingStep, SequenceStep, StepResult
 from lightmoe.errors import RankError
 from lightmoe.worker.order_frames import (
     arrival_fields,
     arrivals_of,
+    host_tier_fields,
+    host_tier_of,
     order_fields,
     orders_of,
     overflow_fields,
@@ -174,8 +168,7 @@ def pack_result(result: StepResult) -> bytes:
     if result.routing is not None:
         routing = (result.routing.shape, result.routing.astype("<u2").tobytes())
     arrivals, overflow = arrival_fields(result.arrivals), overflow_fields(result.overflow)
-    host_tier = None if result.host_tier is None else astuple(result.host_tier)
-    extras = (arrivals, routing, overflow, host_tier)
+    extras = (arrivals, routing, overflow, host_tier_fields(result.host_tier))
     return _pack((result.rank, result.step, tokens, counts, result.seconds, *extras))
 
 
@@ -194,7 +187,7 @@ def unpack_result(frame: bytes) -> StepResult:
         arrivals_of(arrivals),
         None if routing is None else np.frombuffer(routing[1], dtype="<u2").reshape(routing[0]),
         overflow_of(overflow),
-        None if host_tier is None else HostTierCounts(*host_tier),
+        host_tier_of(host_tier),
     )
 
 

@@ -28,7 +28,8 @@ class WorkerConfig:
     many tokens of a step have their routing recorded (0: it is not). `routing_skew` is the exponent
     of a choice of experts that is made up; None: the gate's own. `overflow` is for transports that
     wait for the host. With `expert_slots` experts take turns in so many slots of a rank, and the
-    placement's slots are rows of its copy in the host's memory.
+    placement's slots are rows of its copy in the host's memory. `nearness` is the topology's; empty
+    where no rank is nearer to another than the rest.
     """
 
     model: ModelConfig
@@ -58,6 +59,7 @@ class WorkerConfig:
     routing_skew: float | None = None
     overflow: OverflowRule | None = None
     trace: TraceConfig | None = None
+    nearness: tuple[tuple[int, ...], ...] = ()
 
     def device_of(self, rank: int) -> str:
         """What torch calls that rank's device."""

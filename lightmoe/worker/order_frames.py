@@ -1,6 +1,7 @@
-"""Orders, arrivals and overflow as plain values for the step channel, checked where they come in.
+"""What steps say beside tokens, as plain values for the step channel, checked where it comes in.
 
-A frame that says anything else than the driver can have meant ends the rank with a RankError.
+Orders go out; arrivals, overflow and what a host tier did come back. A frame that says anything
+else than its sender can have meant ends the rank with a RankError.
 """
 
 from __future__ import annotations
@@ -10,7 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from lightmoe.core import HOST_COPY, ROUTES, Arrivals, Orders, Piece, SlotChange, StepOverflow
+from lightmoe.core import (
+    HOST_COPY,
+    ROUTES,
+    Arrivals,
+    HostTierCounts,
+    Orders,
+    Piece,
+    SlotChange,
+    StepOverflow,
+)
 from lightmoe.errors import RankError
 
 MAX_CHANGES = 1 << 20
@@ -93,6 +103,22 @@ def overflow_of(fields: Any) -> StepOverflow | None:
     _check(isinstance(moved, bytes) and len(moved) % 4 == 0, moved)
     _check(_is_integer(num_layers, 0) and _is_integer(num_left, 0), fields)
     return StepOverflow(np.frombuffer(moved, dtype="<i4"), num_layers, num_left)
+
+
+def host_tier_fields(counts: HostTierCounts | None) -> tuple[object, ...] | None:
+    """What a host tier did as plain values; None stays None."""
+    return None if counts is None else astuple(counts)
+
+
+def host_tier_of(fields: Any) -> HostTierCounts | None:
+    """The inverse of host_tier_fields; RankError for what no host tier can have done."""
+    if fields is None:
+        return None
+    _check(isinstance(fields, tuple) and len(fields) == 5, fields)
+    *numbers, waited_seconds = fields
+    _check(all(_is_integer(number, 0) for number in numbers), fields)
+    _check(isinstance(waited_seconds, float) and waited_seconds >= 0, waited_seconds)
+    return HostTierCounts(*fields)
 
 
 def _is_integer(value: object, lowest: int) -> bool:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from lightmoe.config import MAX_RANKS
 from lightmoe.errors import MachineError
@@ -25,6 +31,11 @@ _RANK = "lightmoe_rank"
 """A resource of the Ray that is started here: what a rank takes, however few cores there are."""
 
 _PLACE_TIMEOUT_SECONDS = 30.0
+_GIVE_BACK_SECONDS = 2.0
+_START_SECONDS = 10.0
+"""How long a start may go on after a signal came."""
+_END_SECONDS = 0.5
+"""How long Ray may take to end in order: its servers need a tenth of that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,17 +80,46 @@ def acquire(num_ranks: int, config: RayConfig, num_threads: int) -> dict[str, fl
         return _bundle(config)
 
 
-def release() -> None:
-    """Shut Ray down after the last user, if it was started here."""
+def release(group: PlacementGroup | None) -> None:
+    """Shut Ray down after the last user, if it was started here; else give the group back."""
     with _lock:
         _shared.num_users -= 1
-        if _shared.num_users or _shared.reaper is None:
+        if not _shared.num_users and _shared.reaper is not None:
+            _end(_shared.reaper)
+            _shared.over.set()
+            _shared.reaper = None
             return
-        ray.shutdown()
-        _shared.over.set()
-        _shared.reaper.kill()
-        _shared.reaper.communicate()
-        _shared.reaper = None
+    if group is not None and ray.is_initialized():  # the user's own script may have shut it down
+        _give_back(group)
+
+
+def _end(reaper: subprocess.Popen[bytes]) -> None:
+    """Shut Ray down, and kill what does not end: a process that waits for one that is gone.
+
+    In order that is only the autoscaler's monitor. After a signal to our whole process group, or to
+    all processes of a service, it is any of them: they have died of it in no order.
+    """
+    killed: list[str] = []
+    late = threading.Timer(_END_SECONDS, lambda: killed.extend(_kill_processes_of_ray()))
+    late.start()
+    ray.shutdown()
+    late.cancel()
+    late.join()
+    if "raylet" not in killed:
+        reaper.kill()
+    reaper.communicate()  # if it lives, that is its sign to end the raylet's agents
+
+
+def _give_back(group: PlacementGroup) -> None:
+    """Remove a placement group. If its Ray has died before us, that would wait for ever."""
+
+    def remove() -> None:
+        with contextlib.suppress(RayError):  # what is gone holds nothing
+            remove_placement_group(group)
+
+    thread = threading.Thread(target=remove, name="lightmoe-give-back", daemon=True)
+    thread.start()
+    thread.join(_GIVE_BACK_SECONDS)
 
 
 def place(num_ranks: int, bundle: dict[str, float]) -> PlacementGroup:
@@ -152,6 +192,7 @@ def _check_address(address: str) -> None:
 def _start_local(num_ranks: int, common: dict[str, Any]) -> None:
     """Start Ray here, to the end even if a signal comes meanwhile: half a Ray leaves processes.
 
+    If the signal has ended some of those, the others wait for them: then the end does not come.
     It has a thread of its own, which stays: the kernel ends Ray's processes with the thread that
     started them, and on the main thread Ray would take SIGTERM from the caller.
     """
@@ -180,17 +221,24 @@ def _start_local(num_ranks: int, common: dict[str, Any]) -> None:
     try:
         started.result()
     finally:
-        started.exception()  # waits, where a signal cut the line above short
+        try:
+            wait([started], _START_SECONDS)  # where a signal has cut the line above short
+        finally:
+            if not started.done():
+                _kill_processes_of_ray()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _ray_environment(num_threads: int) -> Iterator[None]:
     """Settings that Ray's processes inherit, and that the user's own process gets back after.
 
     umask: Ray writes its authentication token with the default mode, readable by everyone.
+    Task events are for Ray's dashboard; a shutdown would wait 5 s to send the last ones to a
+    control store that is gone.
     """
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_task_events_report_interval_ms": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "OMP_NUM_THREADS": str(num_threads),
     }
@@ -229,6 +277,27 @@ def _start_reaper() -> subprocess.Popen[bytes]:
     reaper.stdin.write((" ".join(map(str, agents)) + "\n").encode())
     reaper.stdin.flush()
     return reaper
+
+
+def _kill_processes_of_ray() -> list[str]:
+    """The names of those that were killed."""
+    killed = []
+    for pid, name in _processes_of_ray():
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.kill(pid, signal.SIGKILL)
+            killed.append(name)
+    return killed
+
+
+def _processes_of_ray() -> list[tuple[int, str]]:
+    """(process id, name) of those that live: children that run a file of Ray's, and a raylet's."""
+    folder = f"{Path(ray.__file__).parent}{os.sep}".encode()
+    found = []
+    for pid, name in _children_of(os.getpid()):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if folder in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append((pid, name))
+    return [*found, *(one for pid, name in found if name == "raylet" for one in _children_of(pid))]
 
 
 def _children_of(parent: int) -> list[tuple[int, str]]:

@@ -10,14 +10,13 @@ import contextlib
 import secrets
 import select
 import socket
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lightmoe.core import Batch, RankInfo, StepResult
@@ -31,7 +30,6 @@ Progress = Callable[[str, int, int], None]
 
 _START_TIMEOUT_SECONDS = 120.0
 _LOAD_TIMEOUT_SECONDS = 1800.0
-_GIVE_BACK_SECONDS = 2.0
 _TRACE_SECONDS = 20.0
 """How long ranks may take to write their traces when the end comes early."""
 
@@ -201,21 +199,7 @@ class RayWorkerGroup:
                 ray.wait(self._runs, num_returns=len(self._runs), timeout=_TRACE_SECONDS)
             for actor in self._actors:
                 ray.kill(actor)
-            if self._group is not None:
-                _give_back(self._group)
-        ray_cluster.release()
-
-
-def _give_back(group: PlacementGroup) -> None:
-    """Remove a placement group. If its Ray has died before us, that would wait for ever."""
-
-    def remove() -> None:
-        with contextlib.suppress(RayError):  # what is gone holds nothing
-            remove_placement_group(group)
-
-    thread = threading.Thread(target=remove, name="lightmoe-give-back", daemon=True)
-    thread.start()
-    thread.join(_GIVE_BACK_SECONDS)
+        ray_cluster.release(self._group)
 
 
 def _gather(

@@ -65,21 +65,34 @@ def choose_carrier(
             f"transport {config.transport} does not fit {what} ({devices.reason});"
             f" take auto or {' or '.join(fitting)}"
         )
-    asked = config.transport != "auto" or config.payload == "int8" or len(fitting) == 1
     wanted = fitting[0] if config.transport == "auto" else config.transport
+    needs_peers = config.payload == "int8" or config.peer_memory != "auto"
+    if config.peer_memory != "auto" and wanted != "copy_engine":
+        raise UsageError(_no_peer_memory(config, devices, wanted, fitting, what))
+    asked = config.transport != "auto" or needs_peers or len(fitting) == 1
     reach = _why_not_on_cards(config, devices, driver, topology)
     if topology is None or asked:
         return _plain(wanted, reach, has_choice=not asked and not _share_cards(devices))
-    ways = _ways(config, reach)
     choice = choose_transport(
         topology,
-        ways,
+        _ways(reach),
         _shape(config, element_bytes),
         prefill_tokens=config.max_num_batched_tokens,
         decode_tokens=config.max_num_seqs,
     )
     return Carried(
         transport=choice.way.transport, on_host=choice.way.road == "host", reason=choice.reason
+    )
+
+
+def _no_peer_memory(
+    config: LaunchConfig, devices: Devices, transport: str, fitting: Sequence[str], what: str
+) -> str:
+    """Why there is no memory to meet in, and what to do."""
+    remedy = "take transport copy_engine, or leave" if "copy_engine" in fitting else "leave"
+    return (
+        f"peer_memory {config.peer_memory} says where copy_engine meets, and transport is"
+        f" {transport} for {what} ({devices.reason}); {remedy} peer_memory out"
     )
 
 
@@ -133,10 +146,8 @@ def _plain(transport: str, reach: str, *, has_choice: bool) -> Carried:
     return Carried(transport=transport, on_host=bool(reach), reason=where + advice)
 
 
-def _ways(config: LaunchConfig, reach: str) -> Sequence[Way]:
+def _ways(reach: str) -> Sequence[Way]:
     on_host, on_cards, nccl = Way("copy_engine", "host"), Way("copy_engine", "ipc"), Way("nccl")
-    if config.peer_memory == "device":
-        return (on_cards, nccl)
     return (on_host, nccl) if reach else (on_cards, on_host, nccl)
 
 

@@ -122,6 +122,7 @@ class Worker:
             route=config.route,
             layer_pairs=np.zeros(len(model.moe_layers), dtype=np.int64),
             deterministic=config.deterministic,
+            nearness=config.nearness,
         )
         read = self._new_reader(dtype, device)
         if config.expert_slots is None:
@@ -180,7 +181,7 @@ class Worker:
 
     def step(self, batch: Batch) -> StepResult:
         """Run one step, and record it where it is one of those to be traced."""
-        if self._recorder is None:
+        if self._recorder is None or not self._recorder.covers(batch.step):
             return self._step(batch)
         assert self._group is not None, "load before step"
         with self._recorder.step(batch.step) as note:
@@ -202,14 +203,17 @@ class Worker:
         assert self._runner is not None, "load before step"
         assert self._mover is not None
         is_ordered = batch.orders is None or self._mover.may_follow(batch.orders)
-        return self._recorder is None and is_ordered and self._runner.is_quick(batch)
+        return not self._traces(batch) and is_ordered and self._runner.is_quick(batch)
 
     def begin(self, batch: Batch) -> RunningStep:
         """Enqueue a step, behind the one before it if it `follows`; a traced one ends in here."""
-        if self._recorder is not None:
+        if self._traces(batch):
             result = self.step(batch)
             return RunningStep(lambda: True, lambda: result)
         return self._begin(batch)
+
+    def _traces(self, batch: Batch) -> bool:
+        return self._recorder is not None and self._recorder.covers(batch.step)
 
     def _begin(self, batch: Batch) -> RunningStep:
         assert self._runner is not None, "load before step"

@@ -126,8 +126,10 @@ def test_ranks_answer_as_the_bench_emulates(
 
         answers = on_threads([partial(layers[rank][0], rows) for rank, rows in enumerate(hidden)])
 
-        for rows, answer in zip(hidden, answers, strict=True):
+        for rows, answer, (one, _) in zip(hidden, answers, layers, strict=True):
             assert torch.equal(answer, alone(rows))
+            counted = one.gate(rows).experts.flatten().bincount(minlength=NUM_EXPERTS)
+            assert one.load.take().tolist() == [counted.tolist()]
 
 
 @MODES

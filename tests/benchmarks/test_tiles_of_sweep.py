@@ -106,7 +106,7 @@ def test_launches_carry_what_the_binding_takes(checkout: Path) -> None:
     native.quant_gemm(*common, packed, groups, None, output)  # type: ignore[arg-type]
     binding = (checkout / "cute_kernels" / "binding.cpp").read_text()
     for stem, arguments in library.launches.items():
-        taken = re.search(rf'def\("{stem}", .*?\);', binding, re.DOTALL)
+        taken = re.search(rf'define\(module, "{stem}", .*?\);', binding, re.DOTALL)
         assert taken is not None
         required = re.findall(r'arg\("(\w+)"\)(?! = 0)', taken[0])
         assert {*required, "stream"} <= {*arguments, "stream"}

@@ -361,6 +361,30 @@ def test_draining_ends_what_takes_too_long_with_an_error(
         ask(engine, "late")
 
 
+@pytest.mark.parametrize(
+    ("cause", "is_failure"), [(RankError("rank 1 died"), False), (ZeroDivisionError(), True)]
+)
+def test_ranks_that_die_while_it_drains_are_no_failure(
+    start: Callable[..., tuple[Engine, FakeWorkers]], cause: Exception, is_failure: bool
+) -> None:
+    """The signal that asked for the end may have reached them as well."""
+    engine, workers = start()
+    workers.pause()
+    running = ask(engine, "running")
+    assert workers.in_step.wait(20)
+
+    draining = threading.Thread(target=engine.drain, args=(20.0,))
+    draining.start()
+    wait_until(lambda: engine.draining)
+    workers.fail_with = cause
+    workers.resume()
+
+    draining.join(20.0)
+    assert running.wait().finish_reason == "error"
+    assert (engine.failure is not None) is is_failure
+    assert isinstance(running.error, RankError if is_failure else ShuttingDownError)
+
+
 def test_close_stops_the_ranks_and_may_be_called_twice(
     start: Callable[..., tuple[Engine, FakeWorkers]],
 ) -> None:

@@ -48,6 +48,11 @@ std::string beside(const void *parameter) {
   return text;
 }
 
+std::string ticket(const void *parameter) {
+  const auto *launch = static_cast<const light::HopperLaunch<light_grouped_gemm_args> *>(parameter);
+  return std::to_string(reinterpret_cast<size_t>(launch->args.unit_ticket));
+}
+
 thread_local void *current = nullptr;
 int contexts[2];
 
@@ -179,6 +184,9 @@ int cuLaunchKernelEx(const Config *config, void *function, void **parameters, vo
              : is("fp8_gemm")   ? beside<light_fp8_gemm_args>(parameters[0])
                                 : beside<light_quant_gemm_args>(parameters[0]))
                 .c_str());
+    if (is("grouped_gemm")) {
+      dprintf(STDOUT_FILENO, "ticket %s\n", ticket(parameters[0]).c_str());
+    }
   }
   std::string attributes;
   for (unsigned int i = 0; i < config->num_attributes; ++i) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from lightmoe.kernels.groups import PairGroups
 from lightmoe.kernels.route import ROUTE_NUMBERS
 from lightmoe.kernels.route_reference import RouteSplit
 from tests.kernels.drivers import KERNELS
-from tests.moe.cases import random_copies, zipf_tokens
+from tests.moe.cases import random_copies, random_nearness, zipf_tokens
 
 _POINTERS = "source_offsets copy_ranks segments group_offsets tile_offsets tile_groups rank_pairs"
 _NUMBERS = "source_stride num_ranks num_experts num_copies rank route sweeps tokens_per_tile"
@@ -26,8 +26,8 @@ class RouteSplitArgs(ctypes.Structure):
     """light_route_split_args."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in [*_POINTERS.split(), "active_experts"]),
-        *((name, ctypes.c_int) for name in [*_NUMBERS.split(), "most_tiles"]),
+        *((name, ctypes.c_void_p) for name in [*_POINTERS.split(), "active_experts", "nearness"]),
+        *((name, ctypes.c_int) for name in [*_NUMBERS.split(), "most_tiles", "num_levels"]),
     ]
 
 
@@ -41,6 +41,7 @@ class RouteCase:
     tokens_per_tile: int
     rank: int
     sweeps: int
+    nearness: list[list[int]] = field(default_factory=list)
 
     @classmethod
     def random(cls, seed: int, most_ranks: int, most_experts: int) -> RouteCase:
@@ -76,6 +77,7 @@ class RouteCase:
             tokens_per_tile=8 * int(generator.integers(1, 5)),
             rank=int(generator.integers(num_ranks)),
             sweeps=int(generator.integers(6)),
+            nearness=random_nearness(generator, num_ranks) if generator.random() < 0.6 else [],
         )
 
     @property
@@ -90,6 +92,11 @@ class RouteCase:
     def slots(self) -> Tensor:
         """Numbers that nobody looks at."""
         return torch.arange(self.counts.shape[1], dtype=torch.int32)
+
+    @property
+    def levels(self) -> Tensor | None:
+        """The nearness int32 [N, W]."""
+        return torch.tensor(self.nearness, dtype=torch.int32) if self.nearness else None
 
     @property
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
@@ -137,8 +144,11 @@ def emulate(
     tile_groups, rank_pairs, active = room(most_tiles + 1), room(num_ranks), room(num_ranks)
     made = (segments, group_offsets, tile_offsets, tile_groups, rank_pairs, active)
     sizes = (offsets.stride(0), num_ranks, num_experts, num_copies, case.rank)
-    choices = (ROUTE_NUMBERS[route], case.sweeps, tokens_per_tile, most_tiles)
+    levels = case.levels
+    num_levels = 0 if levels is None else len(levels)
+    choices = (ROUTE_NUMBERS[route], case.sweeps, tokens_per_tile, most_tiles, num_levels)
     pointers = [tensor.data_ptr() for tensor in (offsets, copy_ranks, *made)]
+    pointers.append(0 if levels is None else levels.data_ptr())
     library.run_route.restype = ctypes.c_bool
     arguments = RouteSplitArgs(*pointers, *sizes, *choices)
     assert library.run_route(ctypes.byref(arguments), ctypes.c_uint(seed))

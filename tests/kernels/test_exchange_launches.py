@@ -29,6 +29,7 @@ SHARE = {
     "hidden": 16,
     "published": 16,
     "ticket": 16,
+    "load": 16,
     "choice_offset": 512,
     "prefix_offset": 1024,
     "weight_offset": 2048,
@@ -144,11 +145,11 @@ def wanted(name: str, **changes: object) -> Call:
             ("exchange_share_counted", 1, 1024),
         ),
         ("exchange_meet", {}, ("exchange_meet", 1, 64)),
-        # A warp a token of any rank; bulk copies where a CTA has 256 of them.
+        # A warp a token of any rank; bulk copies, four a warp or more, where there are enough.
         ("exchange_pull", {}, ("exchange_pull", 25, 512)),
         ("exchange_pull", {"max_ctas": 2}, ("exchange_pull", 2, 512)),
         ("exchange_pull", {"chunk": chunk(0)}, ("exchange_pull", 1, 512)),
-        ("exchange_pull", {"chunk": chunk(1024)}, ("exchange_pull_bulk", 16, 256)),
+        ("exchange_pull", {"chunk": chunk(1024)}, ("exchange_pull_bulk", 128, 256)),
         ("exchange_pull", {"chunk": chunk(1023)}, ("exchange_pull", 68, 512)),
         (
             "exchange_pull",
@@ -176,7 +177,20 @@ def wanted(name: str, **changes: object) -> Call:
         ("exchange_combine", {}, ("exchange_combine_bf16", 7, 512)),
         ("exchange_combine", {"width_bytes": 1040}, ("exchange_combine_bf16", 19, 512)),
         ("exchange_combine", {"dtype": 2}, ("exchange_combine_f32", 7, 512)),
-        ("exchange_combine", {"num_tokens": 9999}, ("exchange_combine_bf16", 68, 512)),
+        ("exchange_combine", {"num_tokens": 1023}, ("exchange_combine_bf16", 64, 512)),
+        # Bulk copies where there are more tokens; a warp has one at least.
+        ("exchange_combine", {"num_tokens": 1024}, ("exchange_combine_bulk_bf16", 128, 256)),
+        ("exchange_combine", {"num_tokens": 9999}, ("exchange_combine_bulk_bf16", 136, 256)),
+        (
+            "exchange_combine",
+            {"num_tokens": 9999, "max_ctas": 4, "dtype": 2},
+            ("exchange_combine_bulk_f32", 4, 256),
+        ),
+        (
+            "exchange_combine",
+            {"num_tokens": 9999, "together": False},
+            ("exchange_combine_bf16", 68, 512),
+        ),
         (
             "exchange_combine",
             {"summed": True, "as_int8": True, "max_ctas": 3},

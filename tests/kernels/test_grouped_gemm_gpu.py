@@ -20,6 +20,7 @@ from tests.kernels.pairs import (
     expected_product,
     gathered_rows,
     group_counts,
+    has_split_tiles,
     on_two_streams,
     only_tile,
     order_never_varies,
@@ -77,6 +78,11 @@ CASES = [
     Case(3000, 8, 2, 72, 40),
     Case(3000, 8, 1, 200, 296, used_experts=1),
 ]
+
+
+# Pairs of groups: few tiles and many, most of one group's, none at all.
+CLAIMED_COUNTS = [[3], [0, 1, 0, 700, 0, 3, 90, 0], [32] * 64, [0] * 7 + [2048], [0] * 8]
+CLAIMING_CTAS = [1, 5, 100, 1000]
 
 
 def product_of(
@@ -249,6 +255,93 @@ def test_few_ctas_compute_the_same(road: Road, swiglu: bool, max_ctas: int) -> N
         assert torch.equal(few, many)
         expected = expected_product(rows, weights, pairs.groups, pairs.row_index, swiglu=swiglu)
         assert_close(few, expected, road.most_error)
+
+
+@pytest.mark.parametrize("gathers", [False, True])
+@pytest.mark.parametrize("depth", [8, 328])
+@pytest.mark.parametrize("counts", CLAIMED_COUNTS, ids=str)
+def test_claimed_tiles_have_the_bits_of_a_ctas_own(
+    native: Road, counts: list[int], depth: int, gathers: bool
+) -> None:
+    bound, total, slots = 2048, sum(counts), random_slots(len(counts), len(counts))
+    rows = random_tensor(bound, depth, dtype=native.dtype)
+    weights = random_weights(len(counts), 520, depth, dtype=native.dtype)
+    for tile in tiles_of(native.dtype, 16):
+        static = StaticPairs(bound, slots, tile.tokens)
+        static.write(group_counts(counts, slots, tile.tokens))
+        row_index = static.row_index if gathers else None
+
+        def multiply(
+            output: Tensor,
+            max_ctas: int | None,
+            groups: PairGroups = static.groups,
+            row_index: Tensor | None = row_index,
+        ) -> None:
+            kernels.grouped_gemm(rows, weights, groups, row_index, max_ctas=max_ctas, output=output)
+
+        own, *claimed = rows.new_full((1 + 3 * len(CLAIMING_CTAS), bound, 520), torch.nan)
+        with only_tile(tile), gathered_rows():
+            multiply(own, None)
+            for output, max_ctas in zip(claimed, 3 * CLAIMING_CTAS, strict=True):
+                multiply(output, max_ctas)  # nothing between them: each leaves the ticket zero
+        assert own[:total].isfinite().all()
+        for output, max_ctas in zip(claimed, 3 * CLAIMING_CTAS, strict=True):
+            assert torch.equal(output[:total], own[:total]), (tile.name, max_ctas)
+            assert output[total:].isnan().all(), "written where no pair is"
+    assert_claims_left_zero()
+
+
+@pytest.mark.parametrize("max_ctas", CLAIMING_CTAS)
+def test_a_graph_claims_tiles_of_other_counts(native: Road, max_ctas: int) -> None:
+    bound, num_groups = 2048, 8
+    slots = random_slots(num_groups, num_groups)
+    rows = random_tensor(bound, 200, dtype=native.dtype)
+    weights = random_weights(num_groups, 2 * 264, 200, dtype=native.dtype)
+    tokens = kernels.tokens_per_tile(weights, bound, num_groups, swiglu=True)
+    static = StaticPairs(bound, slots, tokens)
+
+    def multiply(max_ctas: int | None) -> Tensor:
+        return kernels.grouped_gemm(
+            rows, weights, static.groups, swiglu=True, max_ctas=max_ctas, groups_settled=True
+        )
+
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        multiply(max_ctas)  # the stream has its ticket from now on
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        outputs = [multiply(max_ctas) for _ in range(3)]
+    for counts in ([256] * 8, [0] * 8, [2048, *[0] * 7], [1, 0, 700, 0, 0, 3, 90, 5]):
+        static.write(group_counts(counts, slots, tokens))
+        own = multiply(None)
+        for _ in range(4):
+            for output in outputs:
+                output.fill_(torch.nan)
+            graph.replay()
+            for output in outputs:
+                assert torch.equal(output[: sum(counts)], own[: sum(counts)]), counts
+                assert output[sum(counts) :].isnan().all()
+
+
+def test_two_streams_claim_tiles_at_once(native: Road) -> None:
+    case = Case(2000, 8, 2, 328, 520, used_experts=7)
+    rows, weights, pairs = product_of(case, native, swiglu=True, deterministic=True)
+
+    def multiply(max_ctas: int | None = 60) -> Tensor:
+        return kernels.grouped_gemm(
+            rows, weights, pairs.groups, pairs.row_index, swiglu=True, max_ctas=max_ctas
+        )
+
+    own = multiply(None)
+    for product in on_two_streams(multiply, rounds=8):
+        assert torch.equal(product, own)
+
+
+def assert_claims_left_zero() -> None:
+    """Products of the current stream have left its ticket zero, where tiles are claimed."""
+    if not has_split_tiles():
+        assert_tickets_are_zero()
 
 
 @pytest.mark.parametrize("swiglu", [False, True])

@@ -4,15 +4,20 @@ the tensor maps of every tile, what the kernel is told of its stages, and what i
 
 from __future__ import annotations
 
+import importlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
+from lightmoe.kernels.products import Plan
 from lightmoe.kernels.tiles import Tile, candidates
 from tests.kernels.drivers import BIND, PRODUCT, Call, call, launches, opened
 
+wrapper = importlib.import_module("lightmoe.kernels.grouped_gemm")  # the package's is a function
 HOPPER = {"FAKE_CAPABILITY": 90}
 NUM_MULTIPROCESSORS, RESIDENT_THREADS = 68, 512  # as fake_driver.cpp answers
 NUM_PAIRS, NUM_GROUPS, DEPTH, NUM_FEATURES = 1000, 8, 200, 264
@@ -22,8 +27,7 @@ UINT8, UINT32, BFLOAT16 = 0, 2, 9  # CUtensorMapDataType: test_library.py compar
 ELEMENT_BYTES = {UINT8: 1, UINT32: 4, BFLOAT16: 2}
 SWIZZLE_128_BYTES, PROMOTE_256_BYTES = 3, 3
 ROWS, WEIGHTS, SCALES, ZEROS = 1 << 20, 2 << 20, 3 << 20, 4 << 20
-# Beside the stages: two barriers for each of 12, the ring of 16 units, and how many there are.
-TAIL_BYTES = 2 * 12 * 8 + 17 * 16
+TAIL_BYTES = 2 * 12 * 8 + 16 * 16  # beside the stages: two barriers for each of 12, 16 units
 MAP = re.compile(r"map((?: \S+)+) type (\d+) at (\d+) swizzle (\d+) promotion (\d+)$")
 AXIS = re.compile(r"(\d+)/(\d+)(?:@(\d+))?")
 TILES = [
@@ -268,6 +272,47 @@ def test_launches_are_persistent_and_take_the_memory_of_their_tile(
     ]
 
 
+def test_ctas_claim_tiles_where_there_is_a_ticket(
+    host_library: Path, fake_driver: Path, kernels: Path
+) -> None:
+    calls = [hopper_product(16, LARGE, **changes) for changes in ({}, {"unit_ticket": 48})]
+    lines = call(host_library, fake_driver, opened(kernels), BIND, *calls, **HOPPER)
+    assert [line for line in lines if line.startswith("ticket")] == ["ticket 0", "ticket 48"]
+
+
+@pytest.mark.parametrize(
+    ("tile", "num_pairs", "max_ctas", "claims"),
+    [
+        (candidates(90, 16)[0], 3, None, False),
+        (candidates(90, 16)[0], 4096, None, True),
+        (candidates(90, 16)[0], 3, 132, True),
+        (candidates(80, 16)[0], 4096, 100, False),
+    ],
+)
+def test_products_of_many_tiles_or_beside_other_kernels_have_a_ticket(
+    tile: Tile, num_pairs: int, max_ctas: int | None, claims: bool
+) -> None:
+    rows, weights, output = torch.zeros(3, 16), torch.zeros(1, 8, 16), torch.zeros(3, 8)
+    rows, weights, output = rows.half(), weights.half(), output.half()
+    ticket, launched = torch.zeros(1, dtype=torch.int32), mock.Mock()
+    with (
+        mock.patch.object(wrapper, "library", return_value=launched),
+        mock.patch.object(wrapper, "unit_ticket", return_value=ticket),
+    ):
+        wrapper.launch_product(
+            (0, 0, 0, 0, 1, num_pairs),
+            Plan(tile, tile.fields),
+            rows,
+            weights,
+            output,
+            swiglu=False,
+            max_ctas=max_ctas,
+        )
+    arguments = launched.launch.call_args.kwargs
+    assert arguments["unit_ticket"] == (ticket.data_ptr() if claims else 0)
+    assert arguments["max_ctas"] == (max_ctas or 0)
+
+
 def stage_of_first(lines: list[str]) -> dict[str, int]:
     return stage_of([next(line for line in lines if line.startswith("stage"))])
 
@@ -369,7 +414,7 @@ def test_more_stages_than_there_is_memory(
 ) -> None:
     wanted = hopper_product(16, LARGE, tile=changed(stages=5))
     lines = call(host_library, fake_driver, opened(kernels), BIND, wanted, **HOPPER)
-    assert lines[-1].endswith("needs 276944 bytes of shared memory, a CTA here has 232448")
+    assert lines[-1].endswith("needs 276928 bytes of shared memory, a CTA here has 232448")
 
 
 @pytest.mark.parametrize("stem", ["grouped_gemm", "quant_gemm"])

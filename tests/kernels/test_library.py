@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightmoe.errors import LightMoEError, MachineError, UsageError
 from lightmoe.kernels import library
@@ -201,3 +202,61 @@ def test_open_without_a_driver(host_library: Path, tmp_path: Path) -> None:
     )
     assert done.stdout.startswith("no NVIDIA driver (")
     assert done.stdout.endswith("install one; or run the reference kernels: --device cpu\n")
+
+
+class Recorder:
+    """A binding whose one launch takes its arguments down."""
+
+    parameters = {"stem": ("first", "second", "last", "stream")}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[object, ...]] = []
+
+    def open(self, directory: str, architecture: str) -> int:
+        return 0
+
+    def bind_device(self, index: int) -> int:
+        return 0
+
+    def stem(self, first: int, second: int, last: int = 5, stream: int = 0) -> int:
+        self.taken.append((first, second, last, stream))
+        return 4 if first < 0 else 0
+
+    def last_error(self) -> str:
+        return "stem: first is negative"
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """On device 0, whose current stream is 7."""
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 7, raising=False)
+    return Recorder()
+
+
+def test_a_launch_takes_its_arguments_by_name_in_any_order(recorder: Recorder) -> None:
+    opened = library.Library(recorder, library.Manifest(Path(), {}), None)
+
+    opened.launch("stem", torch.device("cuda", 0), last=3, first=1, second=2)
+    opened.launch("stem", torch.device("cuda", 0), second=2, first=1)
+
+    assert recorder.taken == [(1, 2, 3, 7), (1, 2, 5, 7)]
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"first": 1, "second": 2, "lost": 3}, {"first": 1, "lost": 3}], ids=str
+)
+def test_a_launch_refuses_a_name_that_it_has_not(recorder: Recorder, arguments: dict) -> None:
+    opened = library.Library(recorder, library.Manifest(Path(), {}), None)
+
+    with pytest.raises((KeyError, TypeError), match="lost|last"):
+        opened.launch("stem", torch.device("cuda", 0), **arguments)
+
+    assert recorder.taken == []
+
+
+def test_a_launch_that_fails_says_why(recorder: Recorder) -> None:
+    opened = library.Library(recorder, library.Manifest(Path(), {}), None)
+
+    with pytest.raises(UsageError, match="stem: first is negative"):
+        opened.launch("stem", torch.device("cuda", 0), first=-1, second=2, last=3)

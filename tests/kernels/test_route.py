@@ -20,6 +20,7 @@ from lightmoe.kernels.route import ROUTE_NUMBERS, route_split
 from lightmoe.kernels.route_reference import ROUTES, assign, share_tokens
 from tests.kernels.drivers import HERE, KERNELS
 from tests.kernels.route_cases import RouteCase, assert_same_split, compile_host, emulate
+from tests.moe.cases import random_nearness
 from tests.moe.test_route import rank_loads
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -56,7 +57,11 @@ def test_the_kernel_splits_like_the_reference(
     def check(seed: int) -> None:
         case = RouteCase.random(seed, most_ranks, most_experts)
         wanted = route_reference.route_split(
-            *case.arguments, route=route, rank=case.rank, sweeps=case.sweeps
+            *case.arguments,
+            route=route,
+            rank=case.rank,
+            sweeps=case.sweeps,
+            nearness=case.levels,
         )
         found, active = emulate(emulated, case, route, seed % 1000)
         assert_same_split(found, wanted, case.copy_ranks)
@@ -78,9 +83,14 @@ def test_the_kernel_splits_the_most_experts(emulated: ctypes.CDLL) -> None:
         tokens_per_tile=64,
         rank=63,
         sweeps=1,
+        nearness=random_nearness(generator, num_ranks),
     )
     wanted = route_reference.route_split(
-        *case.arguments, route="waterfill", rank=case.rank, sweeps=case.sweeps
+        *case.arguments,
+        route="waterfill",
+        rank=case.rank,
+        sweeps=case.sweeps,
+        nearness=case.levels,
     )
     assert_same_split(emulate(emulated, case, "waterfill")[0], wanted, case.copy_ranks)
 
@@ -92,9 +102,10 @@ def test_cpu_ranks_split_like_the_reference(host_library: Path, route: str) -> N
     def check(seed: int) -> None:
         case = RouteCase.random(seed, 24, 64)
         shares = share_tokens(case.counts, case.copies, route, case.sweeps)
-        wanted = assign(case.counts, case.copies, shares)
+        wanted = assign(case.counts, case.copies, shares, case.nearness)
+        table = case.copy_ranks.numpy()
         found = host_route.assign(
-            case.counts, case.copy_ranks.numpy(), route, case.sweeps, host_library
+            case.counts, table, route, case.sweeps, host_library, case.nearness
         )
         assert (found[:, :, : wanted.shape[2]] == wanted).all()
         assert not found[:, :, wanted.shape[2] :].any()
@@ -122,6 +133,12 @@ def test_copies_of_other_experts_or_an_unknown_route(host_library: Path) -> None
         host_route.assign(np.ones((1, 1)), one, "best", 1, host_library)
 
 
+def test_nearness_of_other_ranks(host_library: Path) -> None:
+    one = np.zeros((1, 1), dtype=np.int32)
+    with pytest.raises(UsageError, match="nearness of 2 ranks for 1 ranks"):
+        host_route.assign(np.ones((1, 1)), one, "none", 1, host_library, [[0, 0]])
+
+
 @pytest.mark.parametrize("route", ROUTES)
 @of_examples(25)
 @given(seed=SEEDS)
@@ -130,7 +147,7 @@ def test_segments_lead_every_pair_to_a_place_of_its_own(route: str, seed: int) -
     if case.counts.sum() > 2000:
         return
     splits = [
-        kernels.route_split(*case.arguments, route=route, rank=rank)
+        kernels.route_split(*case.arguments, route=route, rank=rank, nearness=case.levels)
         for rank in range(len(case.counts))
     ]
     segments = splits[0].segments.numpy()
@@ -175,6 +192,10 @@ def test_what_the_wrapper_refuses() -> None:
         ({"source_offsets": torch.zeros(65, 9, dtype=torch.int32)}, "rank 0 of 65; it takes 1 to"),
         ({"rank": 4}, "rank 4 of 4"),
         ({"max_pairs": 2**26}, "max_pairs 67108864; it takes fewer"),
+        ({"nearness": torch.zeros(1, 5, dtype=torch.int32)}, "nearness has size 5"),
+        ({"nearness": torch.zeros(1, 4)}, "nearness is torch.float32"),
+        ({"nearness": torch.zeros(4, 4, dtype=torch.int32)}, "nearness of 4 levels; it takes 1"),
+        ({"nearness": torch.zeros(0, 4, dtype=torch.int32)}, "nearness of 0 levels; it takes 1"),
         ({"route": "best"}, "route 'best' is unknown; give one of"),
         ({"sweeps": -1}, "sweeps -1"),
         ({"tokens_per_tile": 12}, "tokens_per_tile 12; it takes multiples of 8"),

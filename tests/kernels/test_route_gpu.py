@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ def on_gpu(case: RouteCase) -> tuple[Tensor, Tensor, Tensor, int, int]:
 
 def wanted_of(case: RouteCase, route: str) -> RouteSplit:
     return route_reference.route_split(
-        *case.arguments, route=route, rank=case.rank, sweeps=case.sweeps
+        *case.arguments, route=route, rank=case.rank, sweeps=case.sweeps, nearness=case.levels
     )
 
 
@@ -40,7 +42,9 @@ def wanted_of(case: RouteCase, route: str) -> RouteSplit:
 def test_the_split_is_the_reference(road, route: str, most_ranks: int, most_experts: int) -> None:
     for seed in range(25):
         case = RouteCase.random(seed, most_ranks, most_experts)
-        found = route_split(*on_gpu(case), route=route, rank=case.rank, sweeps=case.sweeps)
+        levels = None if case.levels is None else case.levels.cuda()
+        options = {"rank": case.rank, "sweeps": case.sweeps, "nearness": levels}
+        found = route_split(*on_gpu(case), route=route, **options)
         assert_same_split(found, wanted_of(case, route), case.copy_ranks)
 
 
@@ -74,7 +78,7 @@ def test_a_graph_splits_by_the_counts_and_copies_of_its_replay(route: str) -> No
 
 
 def test_it_waits_for_the_kernel_in_front() -> None:
-    case = RouteCase.random(3, 10, 64)
+    case = replace(RouteCase.random(3, 10, 64), nearness=[])
     offsets, *others = on_gpu(case)
     table = torch.zeros_like(offsets)
     right = offsets.clone()

@@ -9,7 +9,7 @@ import pytest
 from tests.kernels.drivers import BIND, Call, call, launches, opened
 
 SPLIT = {
-    "tables": [16] * 7 + [0],
+    "tables": [16] * 7 + [0, 0],
     "source_stride": 129,
     "num_ranks": 10,
     "num_experts": 128,
@@ -19,8 +19,10 @@ SPLIT = {
     "sweeps": 4,
     "tokens_per_tile": 64,
     "most_tiles": 1000,
+    "num_levels": 0,
     "stream": 7,
 }
+NEAR = {"tables": [16] * 7 + [0, 16], "num_levels": 3}
 
 
 @pytest.fixture
@@ -45,6 +47,8 @@ def split(**changes: object) -> Call:
         (90, {"num_ranks": 33}, "route_split_w64", " 6"),
         (90, {"num_ranks": 64, "num_experts": 512, "source_stride": 513}, "route_split_w64", " 6"),
         (75, {"num_experts": 512, "source_stride": 600}, "route_split_w32", ""),
+        (75, NEAR, "route_split_near_w32", ""),
+        (90, NEAR | {"num_ranks": 33}, "route_split_near_w64", " 6"),
     ],
 )
 def test_one_cta_splits(
@@ -86,9 +90,14 @@ def test_one_cta_splits(
         ({"route": 4}, "route 4, 4 sweeps"),
         ({"sweeps": -1}, "route 2, -1 sweeps"),
         ({"tokens_per_tile": 0}, "0 tokens in each of 1000 tiles"),
+        (NEAR | {"num_levels": 4}, "4 levels of nearness, at most 3, given"),
+        ({"num_levels": 1}, "1 levels of nearness, at most 3, none given"),
         ({"most_tiles": -1}, "64 tokens in each of -1 tiles"),
         *(
-            ({"tables": [*[16] * missing, 0, *[16] * (6 - missing), 0]}, "input or output is null")
+            (
+                {"tables": [*[16] * missing, 0, *[16] * (6 - missing), 0, 0]},
+                "input or output is null",
+            )
             for missing in range(7)
         ),
         ({"num_ranks": 64, "num_experts": 512, "source_stride": 513}, "a CTA here has 65536"),

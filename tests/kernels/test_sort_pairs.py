@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +17,9 @@ from lightmoe import kernels
 from lightmoe.kernels.sort_pairs import TOKENS_PER_TILE
 from tests.kernels.layouts.host import compile_library
 from tests.kernels.rows import random_rows
+
+wrapper: Any = sys.modules["lightmoe.kernels.sort_pairs"]
+"""The module: in the package its name is the operator's."""
 
 MOST_PAIRS = 256 * 0x7FFF + 1
 """More than kMaxCtas x kMaxCount of the kernels."""
@@ -57,6 +65,76 @@ def test_pairs_lie_by_expert_then_token_and_tiles_cover_them(
     assert groups.tile_groups.tolist()[: sum(tiles)] == wanted_groups
     integers = (pair_row, pair_index, groups.offsets, groups.tile_offsets, groups.tile_groups)
     assert {tensor.dtype for tensor in integers} == {torch.int32}
+
+
+CHUNKS = st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any)
+
+
+def spans_of(counts: list[int]) -> list[slice]:
+    ends = list(itertools.accumulate(counts))
+    return [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(counts=CHUNKS, num_experts=st.integers(2, 12), seed=st.integers(0, 1000))
+def test_chunks_are_sorted_each_by_itself(counts: list[int], num_experts: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    experts = torch.randint(num_experts, (sum(counts), 2), generator=generator)
+    slots = torch.arange(num_experts, dtype=torch.int32)
+
+    offsets, pair_index = kernels.sort_chunks(experts, num_experts, spans_of(counts))
+
+    for chunk, span in enumerate(spans_of(counts)):
+        groups, _, index = kernels.sort_pairs(experts[span], num_experts, slots, 16)
+        assert torch.equal(offsets[chunk], groups.offsets)
+        assert torch.equal(pair_index[span], index)
+
+
+class SortingLibrary:
+    """Sorts pairs where a launch says, in memory of the host."""
+
+    def launch(self, stem: str, device: torch.device, **given: Any) -> None:
+        """Run it now."""
+        pair_row, index, weight, offsets, counts, tile_offsets, tile_groups, *sizes = given["sort"]
+        assert (stem, weight, counts) == ("sort_pairs", 0, 0)
+        _, _, tokens_per_tile, num_tokens, num_experts, per_token = sizes
+        num_pairs = num_tokens * per_token
+        experts = integers_at(given["experts"], num_pairs).view(num_tokens, per_token)
+        slots = torch.arange(num_experts, dtype=torch.int32)
+        groups, rows, places = kernels.sort_pairs(experts, num_experts, slots, tokens_per_tile)
+        most_tiles = num_pairs // tokens_per_tile + min(num_experts, num_pairs)
+        integers_at(tile_groups, most_tiles).fill_(-1)
+        for address, made in (
+            (pair_row, rows),
+            (index, places),
+            (offsets, groups.offsets),
+            (tile_offsets, groups.tile_offsets),
+        ):
+            integers_at(address, made.numel()).copy_(made.flatten())
+
+
+def integers_at(address: int, count: int) -> torch.Tensor:
+    """Integers in memory of the host."""
+    if not count:
+        return torch.empty(0, dtype=torch.int32)
+    return torch.frombuffer((ctypes.c_int * count).from_address(address), dtype=torch.int32)
+
+
+@pytest.mark.parametrize("counts", [[7], [3, 0, 5], [0, 4], [200, 131]], ids=str)
+def test_each_chunk_has_its_place_in_the_memory_of_all(
+    counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wrapper, "library", SortingLibrary)
+    monkeypatch.setattr(wrapper, "require_cuda", lambda *_, **__: None)
+    monkeypatch.setattr(wrapper, "workspace_of", lambda _: torch.zeros(16, dtype=torch.uint8))
+    generator = torch.Generator().manual_seed(3)
+    experts = torch.randint(9, (sum(counts), 3), generator=generator, dtype=torch.int32)
+
+    offsets, pair_index = wrapper.sort_chunks(experts, 9, spans_of(counts))
+
+    wanted = kernels.sort_chunks(experts, 9, spans_of(counts))
+    assert torch.equal(offsets, wanted[0])
+    assert torch.equal(pair_index, wanted[1])
 
 
 def test_the_kernels_count_tiles_of_any_size_without_a_division(tmp_path: Path) -> None:

@@ -223,6 +223,8 @@ def test_one_matrix_for_few_tokens_is_read_by_many_narrow_tiles(
     for other in (replace(product, num_pairs=512), replace(product, num_features=32000)):
         assert choose_tile(other).weight_rows > 64
         assert choose_stages(other, choose_tile(other)) == choose_tile(other).stages
+    wide = choose_tile(replace(product, num_pairs=4096))  # where the caller's tiles are as wide
+    assert choose_stages(product, wide) == wide.stages
 
 
 def test_rows_are_permuted_where_the_tensor_cores_are_the_bound() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
 from lightmoe.kernels import reference
+from lightmoe.kernels.sort_pairs import sort_chunks
 from lightmoe.kernels.topk_gate import FUSED_TOKENS, route_tokens, sort_pairs, topk_gate
 from tests.gpus import half_dtypes
 
@@ -258,6 +261,24 @@ def test_pairs_of_experts_that_do_not_exist_are_left_out() -> None:
     assert int(groups.offsets[-1]) == num_pairs
     order = torch.sort(torch.where(exists, experts, 10).flatten(), stable=True).indices
     assert torch.equal(pair_row[:num_pairs].long(), order[:num_pairs] // 4)
+
+
+@pytest.mark.parametrize("counts", [[5], [300, 0, 41], [1, 2500, 4096]], ids=str)
+@pytest.mark.parametrize("num_experts", [5, 128, 257])
+def test_chunks_are_sorted_each_by_itself(num_experts: int, counts: list[int]) -> None:
+    generator = torch.Generator("cuda").manual_seed(7)
+    experts = torch.randint(
+        num_experts, (sum(counts), 4), device="cuda", generator=generator, dtype=torch.int32
+    )
+    ends = itertools.accumulate(counts)
+    chunks = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
+
+    for _ in range(3):
+        offsets, pair_index = sort_chunks(experts, num_experts, chunks)
+
+        wanted = reference.sort_chunks(experts.long().cpu(), num_experts, chunks)
+        assert torch.equal(offsets.cpu(), wanted[0])
+        assert torch.equal(pair_index.cpu(), wanted[1])
 
 
 @pytest.mark.parametrize("num_tokens", [5, 200, 300, 3000])

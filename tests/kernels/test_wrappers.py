@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from torch import Tensor
 from lightmoe.errors import UsageError
 from lightmoe.kernels import PairGroups
 from lightmoe.kernels.fp8_gemm import fp8_gemm
-from lightmoe.kernels.grouped_gemm import grouped_gemm
+from lightmoe.kernels.grouped_gemm import GroupedProduct, grouped_gemm
 from lightmoe.kernels.matmul import matmul
+from lightmoe.kernels.products import Plan
 from lightmoe.kernels.quant_gemm import quant_gemm
+from lightmoe.kernels.tiles import Tile
 from lightmoe.quant.fp8 import Fp8ExpertLayout, Fp8Matrix, Scaling
 from lightmoe.quant.fragments import PackedMatrix
 from lightmoe.quant.packing import QuantizedExpertLayout
@@ -62,6 +66,88 @@ def test_grouped_gemm_names_what_does_not_fit(changes: dict[str, object], said: 
     assert str(raised.value).startswith("grouped_gemm: ")
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+class PlanningLibrary:
+    """Counts launches."""
+
+    def __init__(self) -> None:
+        self.launched: list[int] = []
+
+    def launch(self, stem: str, device: torch.device, **given: Any) -> None:
+        """Note the rows."""
+        assert stem == "grouped_gemm"
+        self.launched.append(given["rows"])
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The pairs of each plan that is made, over tensors of the host."""
+    made: list[int] = []
+    plan = Plan(Tile(128, 64, 32, 2, 2, 2), (128, 64, 32, 2, 2, 2, 0, 0, 1))
+    module = sys.modules["lightmoe.kernels.grouped_gemm"]
+    monkeypatch.setattr(module, "plan_weights", lambda _, num, *__, **___: made.append(num) or plan)
+    monkeypatch.setattr(module, "require_cuda", lambda *_, **__: None)
+    return made
+
+
+def use(library: PlanningLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["lightmoe.kernels.grouped_gemm"], "library", lambda: library)
+
+
+def test_rows_alike_are_planned_for_once(
+    planned: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, rows = PlanningLibrary(), [half(5, 16), half(5, 16)]
+    use(library, monkeypatch)
+    product = GroupedProduct(half(2, 32, 16), swiglu=True)
+
+    outputs = [product(one, GROUPS) for one in rows]
+    product(half(9, 16), GROUPS, torch.zeros(5, dtype=torch.int32))
+
+    assert [output.shape for output in outputs] == [(5, 16), (5, 16)]
+    assert library.launched[:2] == [one.data_ptr() for one in rows]
+    assert planned == [5, 5]  # gathered rows are others
+
+
+def test_other_kernels_have_other_plans(
+    planned: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    product = GroupedProduct(half(2, 32, 16))
+    for library in (PlanningLibrary(), PlanningLibrary()):
+        use(library, monkeypatch)
+        product(half(5, 16), GROUPS)
+        assert len(library.launched) == 1
+    assert planned == [5, 5]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rows": half(4, 16)}, "rows has size 4 in dimension 0"),
+        ({"rows": half(5, 16, dtype=torch.bfloat16)}, "weights is torch.float16; it needs torch.b"),
+        ({"rows": half(16, 5).t()}, "rows has strides [1, 5] for [5, 16]"),
+        ({"rows": half(81)[1:].view(5, 16)}, "rows begins at an address that is no multiple of 16"),
+        ({"pair_weight": half(5)}, "pair_weight is torch.float16; it needs torch.float32"),
+        ({"output": half(5, 16)}, "output has size 16 in dimension 1"),
+        ({"output_rows": torch.zeros(4, dtype=torch.int64)}, "output_rows has size 4 in dim"),
+        ({"groups": replace(GROUPS, tile_groups=None)}, "groups has no tile table"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused_behind_others_that_did(
+    planned: list[int], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
+) -> None:
+    library = PlanningLibrary()
+    use(library, monkeypatch)
+    product = GroupedProduct(half(2, 32, 16))
+    given: dict[str, Any] = {"rows": half(5, 16), "groups": GROUPS}
+    product(**given)
+
+    with pytest.raises(UsageError) as raised:
+        product(**(given | changes))
+
+    assert said in str(raised.value)
+    assert len(library.launched) == len(planned) == 1
 
 
 @pytest.mark.parametrize(

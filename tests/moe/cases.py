@@ -33,6 +33,16 @@ def random_copies(
     return [[ranks[0], *sorted(ranks[1:])] for ranks in copies]
 
 
+def random_nearness(generator: np.random.Generator, num_ranks: int) -> list[list[int]]:
+    """One to three levels of groups, each within those of the next, of ranks anywhere."""
+    groups = generator.integers(num_ranks, size=num_ranks)
+    levels = []
+    for _ in range(generator.integers(1, 4)):
+        levels.append(groups.tolist())
+        groups = generator.integers(num_ranks, size=num_ranks)[groups]
+    return levels
+
+
 def placement_of(copies_per_layer: Sequence[Sequence[Sequence[int]]], num_ranks: int) -> Placement:
     """A placement with these copies; slots are numbered as they come."""
     num_layers, num_experts = len(copies_per_layer), len(copies_per_layer[0])

@@ -107,6 +107,9 @@ class HostLibrary:
             if given["weights"]:
                 weights = view(given["weights"], torch.float32, len(experts))
                 view(arena + given["weight_offset"], torch.float32, len(experts))[:] = weights
+        if given["load"]:
+            counts = experts.long().bincount(minlength=num_experts)
+            view(given["load"], torch.int32, num_experts).add_(counts)
         if given["hidden"]:
             ctypes.memmove(given["published"], given["hidden"], tokens * given["width_bytes"])
         self._all.wait()

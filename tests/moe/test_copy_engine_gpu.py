@@ -10,7 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from moe.cases import LayerWeights, placement_of, poison_results, random_copies
+from moe.cases import (
+    LayerWeights,
+    placement_of,
+    poison_results,
+    random_copies,
+    random_nearness,
+)
 from moe.gpu_ranks import run_on_ranks
 from torch import Tensor
 
@@ -25,6 +31,7 @@ from lightmoe.moe.layer import MoELayer
 from lightmoe.moe.load import LoadCounter
 from lightmoe.moe.overlap_model import Overlap
 from lightmoe.moe.placement import Placement, initial_placement
+from lightmoe.moe.route import Nearness
 from lightmoe.quant.packing import ExpertLayout
 
 pytestmark = pytest.mark.gpu
@@ -50,10 +57,11 @@ class Rank:
         road: Road,
         dtype: torch.dtype,
         timeout_seconds: float = 60.0,
+        max_tokens: int = MAX_TOKENS,
     ) -> Rank:
         layout = ArenaLayout(
             num_ranks=communicator.num_ranks,
-            max_tokens=MAX_TOKENS,
+            max_tokens=max_tokens,
             num_experts=NUM_EXPERTS,
             num_experts_per_token=PER_TOKEN,
             width=WIDTH,
@@ -67,7 +75,12 @@ class Rank:
         return cls(communicator, device, lane, dtype, weights)
 
     def layer(
-        self, placement: Placement, route: str, num_chunks: int, alone: bool = False
+        self,
+        placement: Placement,
+        route: str,
+        num_chunks: int,
+        alone: bool = False,
+        nearness: Nearness = (),
     ) -> tuple[MoELayer, ExpertGroup]:
         rank = 0 if alone else self.communicator.rank
         group = ExpertGroup(
@@ -77,6 +90,7 @@ class Rank:
             route=route,
             layer_pairs=np.zeros(1, dtype=np.int64),
             peers=None if alone else self.lane,
+            nearness=nearness,
         )
         layout = ExpertLayout(WIDTH, EXPERT_WIDTH)
         pool = SlotPool(placement.num_slots(rank), layout, self.dtype, self.device)
@@ -127,7 +141,9 @@ def _many_steps(
         itertools.product((1, 2, 3), ("waterfill", "even", "none"))
     ):
         copies = random_copies(numbers, NUM_EXPERTS, num_ranks, 8 * (number % 3))
-        plans.append(rank.layer(placement_of([copies], num_ranks), route, chunks))
+        nearness = random_nearness(numbers, num_ranks) if number % 2 else ()
+        placement = placement_of([copies], num_ranks)
+        plans.append(rank.layer(placement, route, chunks, nearness=nearness))
     for step in range(steps):
         layer, group = shared.choice(plans)
         group.tokens_per_rank = tuple(
@@ -150,6 +166,8 @@ def _many_steps(
         rank.lane.count_pairs()
         expected = alone(hidden) if len(hidden) else hidden
         rank.lane.check()
+        counted = alone.load.take() if len(hidden) else np.zeros((1, NUM_EXPERTS), dtype=np.int32)
+        np.testing.assert_array_equal(layer.load.take(), counted)
         if dtype == torch.float32:
             torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-5)
         else:
@@ -223,3 +241,40 @@ def test_a_graph_of_a_layer_answers_every_replay(road: Road) -> None:
 def test_a_stalled_rank_is_named() -> None:
     """Within the timeout, and nothing hangs."""
     run_on_ranks(3, _stalled, "ipc")
+
+
+def _large_steps(
+    communicator: Communicator, device: torch.device, road: Road, dtype: torch.dtype
+) -> None:
+    """Steps whose rows are copied in bulk."""
+    rank = Rank.join(communicator, device, road, dtype, max_tokens=4200)
+    num_ranks = communicator.num_ranks
+    alone, _ = rank.layer(initial_placement(1, NUM_EXPERTS, 1), "none", 1, alone=True)
+    placement = placement_of(
+        [random_copies(np.random.default_rng(1), NUM_EXPERTS, num_ranks, 8)], num_ranks
+    )
+    for num_chunks, tokens in itertools.product(
+        (1, 2, 4), ((4200, 4200, 4200), (4100, 0, 1030), (3, 4200, 2100))
+    ):
+        layer, group = rank.layer(placement, "waterfill", num_chunks)
+        group.tokens_per_rank = tokens
+        hidden = rank.hidden(tokens[communicator.rank], num_chunks)
+        rank.barrier()
+        rank.lane.rows.fill_(float("nan"))
+        poison_results(rank.lane)
+        rank.barrier()
+        answer = layer(hidden)
+        rank.lane.count_pairs()
+        expected = alone(hidden) if len(hidden) else hidden
+        rank.lane.check()
+        if dtype == torch.float32:
+            torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(answer, expected), f"{num_chunks} chunks of {tokens}"
+    rank.barrier()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_large_steps_give_the_bits_of_a_rank_alone(dtype: torch.dtype) -> None:
+    """Through shared memory, by bulk copies, where the cards have them."""
+    run_on_ranks(3, _large_steps, "ipc", dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from lightmoe.moe.dispatch.base import chunk_of
 from lightmoe.moe.gate import Choice
 from lightmoe.moe.placement import Placement
 from lightmoe.moe.route import ROUTES
-from tests.moe.cases import placement_of, random_copies, zipf_choice
+from tests.moe.cases import placement_of, random_copies, random_nearness, zipf_choice
 from tests.ranks import RankThreadsCache
 
 WIDTH = 5
@@ -32,6 +33,7 @@ class Case:
     experts: np.ndarray
     route: str
     num_chunks: int
+    nearness: Sequence[Sequence[int]] = ()
 
     @property
     def num_ranks(self) -> int:
@@ -63,6 +65,7 @@ def cases(draw: st.DrawFn) -> Case:
         ),
         route=draw(st.sampled_from(sorted(ROUTES))),
         num_chunks=draw(st.integers(1, 4)),
+        nearness=random_nearness(generator, num_ranks) if draw(st.booleans()) else (),
     )
 
 
@@ -88,6 +91,7 @@ def on_every_rank(ranks: RankThreadsCache, case: Case, task: object) -> list[obj
             route=case.route,
             layer_pairs=np.zeros(1, dtype=np.int64),
             tokens_per_rank=case.tokens_per_rank,
+            nearness=case.nearness,
         )
         experts = torch.from_numpy(case.experts[case.of_rank(rank)].copy())
         dispatcher = make_dispatcher(group, 0, torch.device("cpu"), lambda *_: TOKENS_PER_TILE)

@@ -27,6 +27,7 @@ def group_of(case: Case, rank: int, communicator: Communicator | None = None) ->
         route=case.route,
         layer_pairs=np.zeros(1, dtype=np.int64),
         tokens_per_rank=case.tokens_per_rank,
+        nearness=case.nearness,
     )
 
 

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.gpu
 def test_kernels_belong_to_the_steps_and_stages_that_launched_them(tmp_path: Path) -> None:
     recorder = RankRecorder(0, TraceConfig(folder=tmp_path, first_step=2, num_steps=2), on_gpu=True)
     square = torch.randn(2048, 2048, device="cuda")
+    square @ square  # cuBLAS makes its handle, which it cannot inside a capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), span("experts"):
         product = square @ square
@@ -51,6 +52,7 @@ def test_kernels_beside_copies_between_host_and_device_are_told_apart(tmp_path: 
     rows = torch.randn(64, 1024, 1024, device="cuda")
     host = torch.empty(rows.shape, pin_memory=True)
     lane = torch.cuda.Stream()
+    torch.matmul(rows, rows)  # what the first one takes is more than the copy
     with recorder.step(0):
         lane.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(lane), span("dispatch", 0, chunk=0):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lightmoe.errors import UsageError
-from lightmoe.topology import Topology
+from lightmoe.kernels.route import MAX_LEVELS
+from lightmoe.topology import Node, Rank, Topology, read_topology
+from lightmoe.topology.tree import NEARNESS_LEVELS
 from tests.topology.machines import GB, box, linked
 
 MACHINES = {
@@ -155,3 +158,48 @@ def test_neighbourhoods() -> None:
     assert MACHINES["nvlink"].neighbourhoods() == (0, 0, 0, 0)
     bridged = replace(box(), fabrics=(replace(linked().fabrics[0], ranks=(1, 2)),))
     assert bridged.neighbourhoods() == (0, 0, 2, 2), "a bridge of two makes no neighbourhood"
+
+
+def test_who_is_near_whom() -> None:
+    assert MACHINES["no p2p"].nearness() == ((0, 0, 2, 2),), "a socket has one switch here"
+    assert MACHINES["nvlink"].nearness() == ()
+    assert box().first(2).nearness() == (), "one switch"
+    bridged = replace(box(), fabrics=(replace(linked().fabrics[0], ranks=(1, 2)),))
+    assert bridged.nearness() == ((0, 1, 1, 3), (0, 0, 2, 2))
+
+
+def hung(*parents: str) -> Topology:
+    """Ranks below switches s0 to s2 of socket0, s3 of socket1, or sockets; any numbering."""
+    nodes = dict(box().nodes)
+    for switch, socket in (("s0", 0), ("s1", 0), ("s2", 0), ("s3", 1)):
+        nodes[switch] = Node(name=switch, kind="switch", parent=f"socket{socket}", link="x16")
+    nodes["below"] = Node(name="below", kind="switch", parent="s0", link="x16")
+    nodes["lower"] = Node(name="lower", kind="switch", parent="below", link="x16")
+    ranks = tuple(Rank(device="card", parent=parent, link="x16") for parent in parents)
+    return replace(box(), nodes=nodes, ranks=ranks)
+
+
+def test_nearness_of_switches_and_sockets_in_any_numbering() -> None:
+    assert hung("s0", "s3", "s1", "s0", "s1", "s3").nearness() == (
+        (0, 1, 2, 0, 2, 1),
+        (0, 1, 0, 0, 0, 1),
+    )
+    assert hung("s0", "socket0", "s3", "socket1").nearness() == ((0, 0, 2, 2),), "uneven depths"
+    assert hung("s0", "s1", "s2").nearness() == (), "a switch each, one socket"
+
+
+def test_the_farthest_of_many_levels_is_left_out() -> None:
+    parents = ("lower", "lower", "below", "s0", "s1", "s3", "s3")
+    assert NEARNESS_LEVELS == MAX_LEVELS == 3
+    assert hung(*parents).nearness() == (
+        (0, 0, 2, 3, 4, 5, 5),
+        (0, 0, 0, 3, 4, 5, 5),
+        (0, 0, 0, 0, 4, 5, 5),
+    )
+
+
+def test_the_reference_box_has_two_switches(checkout: Path) -> None:
+    machine = read_topology(checkout / "topology" / "10x2080ti-pcie.toml")
+    assert machine.nearness() == ((0,) * 5 + (5,) * 5,)
+    assert read_topology(checkout / "topology" / "8xh200-nvlink.toml").nearness() == ()
+    assert read_topology(checkout / "topology" / "cpu-10.toml").nearness() == ()

@@ -8,10 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightmoe.core import ROUTES, Arrivals, Batch, Orders, Piece, SlotChange, StepResult
+from lightmoe.core import (
+    ROUTES,
+    Arrivals,
+    Batch,
+    HostTierCounts,
+    Orders,
+    Piece,
+    SlotChange,
+    StepResult,
+)
 from lightmoe.errors import RankError
 from lightmoe.worker.channel import pack_batch, pack_result, unpack_batch, unpack_result
-from lightmoe.worker.order_frames import arrivals_of, orders_of
+from lightmoe.worker.order_frames import arrivals_of, host_tier_of, orders_of
 
 INDEX = st.integers(0, 2**32)
 CHANGES = st.builds(SlotChange, INDEX, INDEX, INDEX, st.integers(-1, 2**20), st.booleans())
@@ -49,17 +58,21 @@ def test_orders_come_back(orders: Orders | None) -> None:
         st.none() | st.text(max_size=20),
     ),
     num_tokens=st.none() | st.integers(0, 3),
+    host_tier=st.none() | st.builds(HostTierCounts, *[INDEX] * 4, st.floats(0, 10)),
 )
-def test_results_come_back(arrivals: Arrivals | None, num_tokens: int | None) -> None:
+def test_results_come_back(
+    arrivals: Arrivals | None, num_tokens: int | None, host_tier: HostTierCounts | None
+) -> None:
     routing = None
     if num_tokens is not None:
         routing = np.arange(num_tokens * 4, dtype=np.uint16).reshape(num_tokens, 2, 2) + 65000
     counts = np.zeros((2, 3), dtype=np.int32)
-    result = StepResult(1, 2, (), counts, counts[:, 0], 0.5, arrivals, routing)
+    result = StepResult(1, 2, (), counts, counts[:, 0], 0.5, arrivals, routing, host_tier=host_tier)
 
     found = unpack_result(pack_result(result))
 
     assert found.arrivals == arrivals
+    assert found.host_tier == host_tier
     if routing is None:
         assert found.routing is None
     else:
@@ -119,3 +132,27 @@ def test_what_cannot_be_orders_is_refused(fields: object) -> None:
 def test_what_cannot_be_arrivals_is_refused(fields: object) -> None:
     with pytest.raises(RankError, match="which nobody here sends"):
         arrivals_of(through_msgpack(fields))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        1,
+        [90, 10, 40, 3 << 30],
+        [90, 10, 40, 3 << 30, 0.5, 0],
+        [-1, 10, 40, 3 << 30, 0.5],
+        [90, True, 40, 3 << 30, 0.5],
+        [90, 10, "40", 3 << 30, 0.5],
+        [90, 10, 40, 1 << 60, 0.5],
+        [90, 10, 40, 3 << 30, 1],
+        [90, 10, 40, 3 << 30, -0.5],
+        [90, 10, 40, 3 << 30, float("nan")],
+        [90, 10, 40, 3 << 30, None],
+    ],
+)
+def test_what_no_host_tier_can_have_counted_is_refused(fields: object) -> None:
+    assert host_tier_of(through_msgpack([90, 10, 40, 3 << 30, 0.5])) == HostTierCounts(
+        90, 10, 40, 3 << 30, 0.5
+    )
+    with pytest.raises(RankError, match="which nobody here sends"):
+        host_tier_of(through_msgpack(fields))

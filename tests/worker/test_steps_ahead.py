@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ import torch
 from lightmoe.core import Batch, Request, SamplingParams, StepResult
 from lightmoe.engine.engine import Engine, SchedulerConfig
 from lightmoe.models.find import find_model
+from lightmoe.telemetry.rank_recorder import TraceConfig, rank_file
+from lightmoe.telemetry.trace_file import read_trace
 from lightmoe.worker import graphs
 from lightmoe.worker.config import BLOCK_SIZE, WorkerConfig
 from lightmoe.worker.worker import Worker, run_steps
@@ -129,3 +132,32 @@ def test_a_graph_that_was_forgotten_is_recorded_again(monkeypatch: pytest.Monkey
     assert len(kept._recorded) == 2
 
     assert found == [wanted, wanted]
+
+
+def steps_that_follow(config: WorkerConfig, count: int) -> list[int]:
+    """Those that may begin behind another, of a rank that has a graph for each."""
+    worker = Worker(0, config)
+    worker.join(0)
+    worker.load()
+    assert worker._runner is not None
+    worker._runner.is_quick = lambda batch: True  # type: ignore[method-assign]
+    following = []
+    with torch.inference_mode():
+        for number in range(count):
+            batch = Batch(number, (0,))
+            if worker.follows(batch):
+                following.append(number)
+            assert worker.begin(batch).result().step == number
+    worker.finish()
+    return following
+
+
+def test_a_trace_holds_up_only_the_steps_that_it_records(tmp_path: Path) -> None:
+    config = config_on("cpu")
+    window = TraceConfig(folder=tmp_path, first_step=4, num_steps=3)
+
+    assert steps_that_follow(config, 12) == list(range(12))
+    traced = steps_that_follow(replace(config, trace=window), 12)
+
+    assert traced == [0, 1, 2, 7, 8, 9, 10, 11]  # 3 runs under the profilers, too
+    assert [step for _, step in read_trace(rank_file(tmp_path, 0)).steps] == [4, 5, 6]

@@ -102,10 +102,36 @@ def test_copies_that_failed_count_more_than_what_the_driver_offers() -> None:
 
 def test_where_copy_engine_meets_can_be_asked_for() -> None:
     assert carrier(linked(), peer_memory="host").on_host
-    assert "ipc" not in carrier(linked(), peer_memory="host").reason
     assert not carrier(box(), pairs=(), peer_memory="device").on_host
     assert carrier(None, peer_memory="host").on_host
     assert not carrier(None, pairs=(), peer_memory="device").on_host
+
+
+def test_peer_memory_is_a_wish_for_copy_engine() -> None:
+    """Figures by which nccl is faster do not lead away from what was asked for."""
+    found = carrier(linked(), peer_memory="device")
+    assert found == Carried(transport="copy_engine", reason="over the cards' memory")
+    assert carrier(box(), peer_memory="host").reason == "over host memory: as asked"
+
+
+@pytest.mark.parametrize("peer_memory", ["host", "device"])
+@pytest.mark.parametrize(
+    ("devices", "values", "message"),
+    [
+        (ON_CARDS, {"transport": "nccl"}, r"nccl for .* \(4 ranks on 4 GPUs\); take .*copy_engine"),
+        (ON_CARDS, {"address": "auto"}, "nccl for 4 ranks on the GPUs of a cluster .*; leave peer"),
+        (ON_CARDS, {"overflow": "drop", "deterministic": "off"}, "nccl for .* overflow drop"),
+        (ON_CPU, {}, r"gloo for 4 ranks on the CPU \(no GPU found\); leave peer_memory out"),
+        (ON_CPU, {"transport": "gloo"}, "gloo for 4 ranks on the CPU"),
+        (ON_CPU, {"gpus": 1}, "local for one rank"),
+    ],
+)
+def test_peer_memory_without_copy_engine_is_refused(
+    peer_memory: str, devices: Devices, values: dict[str, object], message: str
+) -> None:
+    for topology in (None, linked()):
+        with pytest.raises(UsageError, match=f"peer_memory {peer_memory} says .* is {message}"):
+            carrier(topology, devices=devices, peer_memory=peer_memory, **values)
 
 
 def test_int8_goes_by_what_carries_it() -> None:

@@ -19,6 +19,7 @@ from lightmoe.kernels import PairGroups
 from lightmoe.moe.gate import Choice, PairSort
 from lightmoe.moe.placement import Placement
 from lightmoe.moe.residency import Residency
+from lightmoe.moe.route import Nearness
 from lightmoe.moe.tables import PlacementTables
 from lightmoe.telemetry.trace import recording
 
@@ -29,7 +30,8 @@ TokensPerTile = Callable[[int, int], int]
 """How many pairs a tile of the experts' products has, for P pairs in so many groups."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Not frozen, nor what is in it: each chunk of each layer makes one, and that takes thrice as long.
+@dataclass(slots=True, kw_only=True)
 class Receipt:
     """What experts and combine must know of one chunk of tokens.
 
@@ -72,13 +74,15 @@ class Dispatcher(Protocol):
     `pair_sort` is how the gate may sort the pairs where none of them travels, else None. `stream`
     is where a GPU's exchange may run beside the experts, `beside` where their second product may
     run beside what comes next: where it waits for links. With `exchanges_at_once` dispatch and
-    combine must not be under way at once, but as one `exchange`.
+    combine must not be under way at once, but as one `exchange`. `combines_here`: combine reads
+    nothing but this rank's own card.
     """
 
     pair_sort: PairSort | None = None
     stream: torch.cuda.Stream | None = None
     beside: torch.cuda.Stream | None = None
     exchanges_at_once: bool = False
+    combines_here: bool = False
 
     def most_tokens(self, hidden: Tensor) -> int:
         """Tokens of the fullest rank in this step, [T, D] being this one's."""
@@ -87,6 +91,10 @@ class Dispatcher(Protocol):
     def publish(self, hidden: Tensor) -> None:
         """These are the hidden states [T, D] of the next route."""
         return None  # noqa: RET501  (an empty body would be abstract)
+
+    def counts_into(self, load: Tensor) -> bool:
+        """Whether `route` adds the pairs of each expert to `load`, int32 [E], from now on."""
+        return False
 
     def route(self, choice: Choice, num_chunks: int) -> Sequence[Receipt]:
         """One exchange of what all ranks chose, then where every pair of each chunk goes."""
@@ -123,6 +131,7 @@ class ExpertGroup:
     may be applied before the results travel. `bytes_sent` [W] is what this rank sent to each in a
     step that is traced, rows and results; None where no transport counts it. `residency` is there
     where experts take turns in the slots: the placement's slots are then rows of the host's copy.
+    `nearness` [N, W] is the topology's, the same on every rank; empty where none is nearer.
     """
 
     rank: int
@@ -139,6 +148,7 @@ class ExpertGroup:
     in_halves: bool = False
     bytes_sent: np.ndarray | None = None
     residency: Residency | None = None
+    nearness: Nearness = ()
     _tables: PlacementTables | None = field(default=None, init=False, repr=False)
 
     @property
@@ -164,7 +174,7 @@ class ExpertGroup:
     def tables_on(self, device: torch.device) -> PlacementTables:
         """The tables of all layers, which follow the placement; made at the first call."""
         if self._tables is None:
-            self._tables = PlacementTables(self.placement, self.rank, device)
+            self._tables = PlacementTables(self.placement, self.rank, device, self.nearness)
         assert self._tables.slots.device.type == device.type, "one rank, one device"
         return self._tables
 

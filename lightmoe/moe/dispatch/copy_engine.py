@@ -13,6 +13,7 @@ writes results to a rank only once that has announced the next layer's choices, 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,8 +47,6 @@ from lightmoe.moe.overlap_model import EXCHANGE_CTAS, MAX_CHUNKS
 from lightmoe.moe.route import route_for
 
 _ALIGNMENT_BYTES = 256
-_ANY_TILE = 64
-"""Pairs a tile where the table of tiles is not used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +104,7 @@ class ArenaLayout:
             "results": self.num_ranks * self.block.num_bytes if self.summed else self._result_bytes,
         }
 
-    @property
+    @cached_property
     def block(self) -> RowBlock:
         """The hidden states of a rank, or the sums that a rank has for another's tokens."""
         return RowBlock(self.max_tokens, self.width, self.element_bytes, self.as_int8)
@@ -196,8 +195,18 @@ class PeerLane:
         if not self._on_card:
             choices, prefixes = choices.to(device), prefixes.to(device)
         self.choices, self.prefixes = choices, prefixes
+        self._own_choices = address(choices[rank])
+        self._hidden_addresses = self._addresses("hidden", 0)
+        self._published = self._hidden_addresses[rank]
+        self._result_addresses = self._with_own(self._addresses("results", 0))
+        # What each rank gave for this rank's tokens.
+        own, step = memory.addresses[rank] + at["results"], layout.block.num_bytes
+        self._given_addresses = self._with_own(
+            [own + (step * giver if layout.summed else 0) for giver in range(layout.num_ranks)]
+        )
         self._hidden: Tensor | None = None
         self._sent: Tensor | None = None
+        self._step: tuple[tuple[object, ...], list[ChunkOfStep]] | None = None
 
     def _open_results(self) -> None:
         """Room for the addresses of results, and for what a rank gives itself if not its arena."""
@@ -206,7 +215,7 @@ class PeerLane:
         own_rows = 0 if self._on_card else layout.choice_stride
         self.own_results = self.rows.new_empty(own_rows, layout.width)
 
-    @property
+    @cached_property
     def _arena_hidden(self) -> Tensor:
         layout = self.layout
         shape = (layout.max_tokens, layout.width)
@@ -232,6 +241,7 @@ class PeerLane:
         pair_index: Tensor | None,
         prefixes: Tensor | None,
         num_real: Tensor | None,
+        load: Tensor | None,
     ) -> None:
         """Let all ranks see this rank's hidden states and choices, and have everyone's choices."""
         layout, at = self.layout, self.layout.offsets
@@ -243,8 +253,9 @@ class PeerLane:
             num_real,
             weights if layout.summed else None,
             hidden_to_copy,
-            self._addresses("hidden", 0)[self.rank],
+            self._published,
             self._ticket,
+            load,
             num_tokens=num_tokens,
             num_experts=layout.num_experts,
             choice_offset=at["choices"] + 4 * self.rank * layout.choice_stride,
@@ -262,28 +273,31 @@ class PeerLane:
     def _publish(self, hidden: Tensor) -> Tensor | None:
         """Begin to put hidden states where others read them; returned if that is to be done yet."""
         if self._on_card:
-            self._hidden = self._arena_hidden
+            self._read_own(self._arena_hidden)
             return hidden
-        self._hidden = hidden
+        self._read_own(hidden)
         # The card's copy engine carries them: a kernel would wait for the bus.
         self._arena_hidden[: len(hidden)].copy_(hidden, non_blocking=True)
         return None
 
-    def pull(self, receipt: PeerReceipt, rows: Tensor, max_ctas: int) -> None:
+    def _read_own(self, hidden: Tensor) -> None:
+        """This rank's own hidden states are read here until the next ones are published."""
+        self._hidden = hidden
+        self._hidden_addresses[self.rank] = address(hidden)
+
+    def pull(self, receipt: PeerReceipt) -> None:
         """Fill the rows [P, D] of the chunk's pairs, and their weights if the experts need them."""
         assert self._hidden is not None, "share before dispatch"
-        addresses = self._addresses("hidden", 0)
-        addresses[self.rank] = self._hidden.data_ptr()
         receipt.chunk.pull(
-            rows,
-            addresses,
+            receipt.step.rows,
+            self._hidden_addresses,
             block=self.layout.block,
             on_cards=self._on_card,
             weights=self.shared_weights,
             pair_weight=receipt.pair_weight,
-            results=self._with_own(self._addresses("results", 0)),
+            results=self._result_addresses,
             output_rows=receipt.output_rows,
-            max_ctas=max_ctas,
+            max_ctas=receipt.step.dispatch_ctas,
         )
         if self._sent is not None:
             receipt.chunk.count(self._sent, summed=self.layout.summed)
@@ -301,9 +315,61 @@ class PeerLane:
         """Where the addresses [P] of a chunk's results come to lie; None: they stay here."""
         return self._output_rows[first_pair:][:num_pairs]
 
-    def pairs_of(self, receipt: PeerReceipt) -> Tensor | None:
-        """Where the chunk's results go that stay here: [P, D]; None: none does."""
+    def pairs_of(self, first_pair: int, num_pairs: int) -> Tensor | None:
+        """Where a chunk's results [P, D] go that stay here; None: none does."""
         return None
+
+    def chunks_of_step(
+        self, tokens_per_rank: Sequence[int], num_chunks: int, num_rows: int, in_halves: bool
+    ) -> list[ChunkOfStep]:
+        """What all layers of a step share, made once: every layer of it asks for the same."""
+        step = (tokens_per_rank, num_chunks, num_rows, in_halves)
+        key = (*step, self.exchange_ctas)
+        if self._step is None or self._step[0] != key:
+            chunks = [self._chunk_of_step(chunk, *step) for chunk in range(num_chunks)]
+            self._step = (key, chunks)
+        return self._step[1]
+
+    def _chunk_of_step(
+        self,
+        chunk: int,
+        tokens_per_rank: Sequence[int],
+        num_chunks: int,
+        num_rows: int,
+        in_halves: bool,
+    ) -> ChunkOfStep:
+        per_token, num_ranks = self.layout.num_experts_per_token, self.layout.num_ranks
+        spans = [chunk_of(tokens, chunk, num_chunks) for tokens in tokens_per_rank]
+        counts = [span.stop - span.start for span in spans]
+        first_pair = sum(span.start for span in spans) * per_token
+        num_pairs = sum(counts) * per_token
+        # The rows behind the tokens are padding; only a step in one chunk has any.
+        padding = num_rows - tokens_per_rank[self.rank]
+        own = spans[self.rank]
+        beside_ctas = self.exchange_ctas
+        return ChunkOfStep(
+            begins=[span.start for span in spans],
+            counts=counts,
+            tokens=slice(own.start, own.stop + padding),
+            num_pairs=num_pairs,
+            expected_pairs=-(-num_pairs // num_ranks),
+            prefixes=self.prefixes[chunk],
+            own_prefixes=address(self.prefixes[chunk, self.rank]),
+            rows=self.rows[first_pair:][:num_pairs],
+            pairs=self.pairs_of(first_pair, num_pairs),
+            pair_weight=self.pair_weight_of(first_pair, num_pairs),
+            output_rows=self.output_rows_of(first_pair, num_pairs),
+            dispatch_ctas=beside_ctas if chunk or in_halves else 0,
+            combine_ctas=beside_ctas if self._combines_beside(chunk, num_chunks, in_halves) else 0,
+        )
+
+    @property
+    def combines_here(self) -> bool:
+        """Whether ranks give results into each other's cards, not sums, nor through the host."""
+        return self._on_card and not self.layout.summed
+
+    def _combines_beside(self, chunk: int, num_chunks: int, in_halves: bool) -> bool:
+        return in_halves or (chunk + 1 < num_chunks and not self.combines_here)
 
     def count_sent(self) -> None:
         """Count from now on what this rank sends: a small kernel more a chunk."""
@@ -319,36 +385,32 @@ class PeerLane:
         sent[self.rank] = 0  # what stays does not travel
         return sent
 
-    def combine(
-        self, receipt: PeerReceipt, pairs: Tensor, weights: Tensor, output: Tensor, max_ctas: int
-    ) -> None:
+    def combine(self, receipt: PeerReceipt, pairs: Tensor, weights: Tensor, output: Tensor) -> None:
         """Announce that this rank's results are given, wait for everyone's, and add up its own.
 
         `pairs` [P, D] are carried to where the experts have not written them: [0, D] if they have.
         """
-        if len(pairs):
+        if pairs.shape[0]:
             assert receipt.output_rows is not None
-            give(pairs, receipt.output_rows, receipt.groups.offsets[-1:], max_ctas)
-        self._add_up(receipt, weights, output, max_ctas)
+            most_ctas = receipt.step.combine_ctas
+            give(pairs, receipt.output_rows, receipt.groups.offsets[-1:], most_ctas)
+        self._add_up(receipt, weights, output)
 
-    def _add_up(self, receipt: PeerReceipt, weights: Tensor, output: Tensor, max_ctas: int) -> None:
+    def _add_up(self, receipt: PeerReceipt, weights: Tensor, output: Tensor) -> None:
         self._pair_flags.meet()
         layout = self.layout
-        here = self._addresses("results", 0)[self.rank]
-        step = layout.block.num_bytes if layout.summed else 0
-        results = [here + rank * step for rank in range(layout.num_ranks)]
         receipt.chunk.places.combine(
             output,
-            self._with_own(results),
-            receipt.chunk.prefixes[self.rank],
-            address(self.choices[self.rank]),
+            self._given_addresses,
+            receipt.step.own_prefixes,
+            self._own_choices,
             weights,
             receipt.tokens.start,
             rank=self.rank,
             together=self._on_card,
             block=layout.block,
             summed=layout.summed,
-            max_ctas=max_ctas,
+            max_ctas=receipt.step.combine_ctas,
         )
 
     def _with_own(self, addresses: list[int]) -> list[int]:
@@ -367,7 +429,11 @@ class PeerLane:
         if noted:
             layers = [layer for layer, _ in noted]
             counts = torch.cat([count for _, count in noted])
-            if layers == list(range(len(self._pairs_computed))):
+            num_layers = len(self._pairs_computed)
+            num_chunks = len(noted) // num_layers
+            if layers == [layer for layer in range(num_layers) for _ in range(num_chunks)]:
+                if num_chunks > 1:
+                    counts = counts.view(num_layers, num_chunks).sum(1, dtype=torch.int32)
                 self._pairs_computed.add_(counts)
             else:
                 for layer, count in zip(layers, counts, strict=True):
@@ -394,17 +460,41 @@ class PeerLane:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PeerReceipt(Receipt):
-    """Which tokens of each rank the chunk has and where their pairs go, and where results lie.
+class ChunkOfStep:
+    """One chunk of a step, as all its layers have it.
 
-    The first dispatch and the last combine have the device to themselves: 0 thread blocks bound
-    them.
+    | field | meaning |
+    |---|---|
+    | begins, counts [W] | each rank's tokens |
+    | tokens | this rank's, with what pads them |
+    | num_pairs | of all ranks: so many rows [P, D] may come |
+    | expected_pairs | of this rank, if all have alike |
+    | prefixes, own_prefixes | where all ranks share theirs [W, E + 1]; the address of this rank's |
+    | rows, pairs, pair_weight, output_rows | what the lane has for each pair; None: it has not |
+    | dispatch_ctas, combine_ctas | thread blocks; 0 where the exchange has the device to itself |
     """
 
+    begins: list[int]
+    counts: list[int]
+    tokens: slice
+    num_pairs: int
+    expected_pairs: int
+    prefixes: Tensor
+    own_prefixes: int
+    rows: Tensor
+    pairs: Tensor | None
+    pair_weight: Tensor | None
+    output_rows: Tensor | None
+    dispatch_ctas: int
+    combine_ctas: int
+
+
+@dataclass(slots=True, kw_only=True)
+class PeerReceipt(Receipt):
+    """A chunk of the step, and where its pairs go in one layer."""
+
     chunk: Chunk
-    first_pair: int
-    dispatch_ctas: int = 0
-    combine_ctas: int = 0
+    step: ChunkOfStep
 
 
 class CopyEngineDispatcher(Dispatcher):
@@ -414,12 +504,17 @@ class CopyEngineDispatcher(Dispatcher):
         self, group: ExpertGroup, layer: int, lane: PeerLane, tokens_per_tile: TokensPerTile
     ) -> None:
         self.stream, self.beside = lane.stream, lane.beside
+        self.combines_here = lane.combines_here
         self._group = group
         self._layer = layer
         self._lane = lane
         self._tokens_per_tile = tokens_per_tile
         self._hidden = lane.rows[:0]
+        self._load: Tensor | None = None
         self._tables = group.tables_on(lane.rows.device)
+        # They stay where they are when a placement changes.
+        self._slots = self._tables.slots[layer]
+        self._copy_ranks = self._tables.copy_ranks[layer]
 
     def most_tokens(self, hidden: Tensor) -> int:
         """Tokens of the fullest rank in this step."""
@@ -429,18 +524,27 @@ class CopyEngineDispatcher(Dispatcher):
         """These are the hidden states [T, D] of the next route."""
         self._hidden = hidden
 
+    def counts_into(self, load: Tensor) -> bool:
+        """The kernel that shares the choices counts them, too."""
+        self._load = load
+        return True
+
     def route(self, choice: Choice, num_chunks: int) -> list[PeerReceipt]:
         """Exchange the choices of all ranks, then route each chunk by its own counts."""
         assert num_chunks <= MAX_CHUNKS, "arenas have room for the prefixes of so many"
-        group = self._group
+        group, lane = self._group, self._lane
         num_tokens = group.tokens_per_rank[group.rank]
         experts = choice.experts.to(torch.int32)
-        if num_chunks == 1 and num_tokens * experts.shape[1] <= COUNTED_PAIRS:
+        num_rows, per_token = experts.shape
+        chunks = lane.chunks_of_step(group.tokens_per_rank, num_chunks, num_rows, group.in_halves)
+        if num_chunks == 1 and num_tokens * per_token <= COUNTED_PAIRS:
             prefixes = pair_index = None
         else:
-            assert len(experts) == num_tokens, "only small steps are padded"
-            prefixes, pair_index = self._sort(experts, num_chunks)
-        self._lane.share(
+            assert num_rows == num_tokens, "only small steps are padded"
+            prefixes, pair_index = kernels.sort_chunks(
+                experts, lane.layout.num_experts, [chunk.tokens for chunk in chunks]
+            )
+        lane.share(
             self._hidden,
             experts,
             choice.weights,
@@ -449,79 +553,59 @@ class CopyEngineDispatcher(Dispatcher):
             pair_index,
             prefixes,
             group.num_real,
+            self._load,
         )
-        return [
-            self._receipt(chunk, num_chunks, len(experts) - num_tokens)
-            for chunk in range(num_chunks)
-        ]
+        return [self._receipt(chunk) for chunk in chunks]
 
-    def _sort(self, experts: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:
-        """Prefix sums of pairs per expert [C, E + 1], and each pair's place in its chunk [T, K]."""
-        slots = self._tables.slots[self._layer]
-        parts = []
-        for chunk in range(num_chunks):
-            span = chunk_of(len(experts), chunk, num_chunks)
-            groups, _, index = kernels.sort_pairs(experts[span], len(slots), slots, _ANY_TILE)
-            parts.append((groups.offsets, index))
-        if num_chunks == 1:
-            return parts[0][0].view(1, -1), parts[0][1]
-        return torch.stack([part for part, _ in parts]), torch.cat([part for _, part in parts])
-
-    def _receipt(self, chunk: int, num_chunks: int, padding: int) -> PeerReceipt:
+    def _receipt(self, chunk: ChunkOfStep) -> PeerReceipt:
         group, lane = self._group, self._lane
-        per_token = lane.layout.num_experts_per_token
-        spans = [chunk_of(tokens, chunk, num_chunks) for tokens in group.tokens_per_rank]
-        num_tokens = sum(span.stop - span.start for span in spans)
-        held = self._tables.num_held[self._layer]
-        expected = (-(-num_tokens * per_token // len(spans)), max(1, held))
+        expected = (chunk.expected_pairs, max(1, self._tables.num_held[self._layer]))
         split = kernels.route_split(
-            lane.prefixes[chunk],
-            self._tables.copy_ranks[self._layer],
-            self._tables.slots[self._layer],
+            chunk.prefixes,
+            self._copy_ranks,
+            self._slots,
             self._tokens_per_tile(*expected),
-            num_tokens * per_token,
-            route=route_for(group.route, num_tokens * per_token, lane.layout.num_experts),
+            chunk.num_pairs,
+            route=route_for(group.route, chunk.num_pairs, lane.layout.num_experts),
             rank=group.rank,
+            nearness=self._tables.nearness,
         )
         lane.note_pairs(self._layer, split.groups.offsets[-1:])
-        first_pair = sum(span.start for span in spans) * per_token
         return PeerReceipt(
-            tokens=slice(spans[group.rank].start, spans[group.rank].stop + padding),
+            tokens=chunk.tokens,
             groups=split.groups,
             expected=expected,
-            pair_weight=lane.pair_weight_of(first_pair, split.groups.num_pairs),
-            output_rows=lane.output_rows_of(first_pair, split.groups.num_pairs),
+            pair_weight=chunk.pair_weight,
+            output_rows=chunk.output_rows,
             chunk=Chunk(
-                spans,
-                Places(split.segments, self._tables.copy_ranks[self._layer]),
+                chunk.begins,
+                chunk.counts,
+                Places(split.segments, self._copy_ranks),
                 lane.choices,
-                lane.prefixes[chunk],
+                chunk.prefixes,
                 group.rank,
-                per_token,
+                lane.layout.num_experts_per_token,
             ),
-            first_pair=first_pair,
-            dispatch_ctas=lane.exchange_ctas if chunk or group.in_halves else 0,
-            combine_ctas=lane.exchange_ctas if chunk + 1 < num_chunks or group.in_halves else 0,
+            step=chunk,
         )
 
     def dispatch(self, hidden: Tensor, receipt: Receipt) -> Tensor:
         """The row of every pair that this rank computes, from wherever its token is: [P, D]."""
         assert isinstance(receipt, PeerReceipt)
-        rows = self._lane.rows[receipt.first_pair :][: receipt.groups.num_pairs]
-        self._lane.pull(receipt, rows, receipt.dispatch_ctas)
-        return rows
+        self._lane.pull(receipt)
+        return receipt.step.rows
 
     def output_of(self, receipt: Receipt) -> Tensor | None:
         """Where the experts write results that stay here; None: the receipt has their addresses."""
         assert isinstance(receipt, PeerReceipt)
-        return self._lane.pairs_of(receipt)
+        return receipt.step.pairs
 
     def combine(self, pairs: Tensor, weights: Tensor, receipt: Receipt) -> Tensor:
         """The sum of each token's results, once all ranks have given theirs."""
         assert isinstance(receipt, PeerReceipt)
         num_tokens = receipt.tokens.stop - receipt.tokens.start
         output = pairs.new_empty(num_tokens, pairs.shape[1])
-        self._lane.combine(receipt, pairs, weights, output, receipt.combine_ctas)
+        self._lane.combine(receipt, pairs, weights, output)
         return output
 
 

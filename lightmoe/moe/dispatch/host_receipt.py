@@ -36,7 +36,8 @@ class HostReceiptWriter:
         experts = np.concatenate([part[span] for part, span in zip(everyone, spans, strict=True)])
         source = np.repeat(np.arange(num_ranks), sizes)  # [tokens of all ranks]
         copies = self._tables.copies[self._layer]
-        target = pair_ranks(experts, source, copies, num_ranks, self._group.route)
+        group = self._group
+        target = pair_ranks(experts, source, copies, num_ranks, group.route, group.nearness)
 
         # What comes here: rows by source rank, then token.
         token_here, k_here = np.nonzero(target == rank)

@@ -169,7 +169,9 @@ class ReceiptWriter:
         assigned = np.zeros((*by_chunk.shape, most_copies), dtype=np.int64)
         assigned[:, :, 0, 0] = by_chunk[:, :, 0]
         for chunk, chosen in zip(assigned, by_chunk[:, :, 1:], strict=True):
-            chunk[:, 1:] = split_over_copies(chosen, copies, self._group.route)
+            chunk[:, 1:] = split_over_copies(
+                chosen, copies, self._group.route, nearness=self._group.nearness
+            )
         ranks = copy_ranks.expand(num_segments, -1, -1)
         in_order = ranks.flatten().repeat_interleave(
             torch.from_numpy(assigned.ravel()).to(key.device), output_size=len(key)

@@ -32,6 +32,8 @@ class SummingLane(PeerLane):
         self._arena_block = hidden
         self._own_block = hidden.to(device)
         self._pairs = torch.empty_like(self.rows)
+        begin = self.rank * layout.block.num_bytes
+        self._sum_addresses = self._with_own(self._addresses("results", begin))
 
     @property
     def shared_weights(self) -> Tensor:
@@ -46,16 +48,16 @@ class SummingLane(PeerLane):
         """None: results stay here."""
         return None
 
-    def pairs_of(self, receipt: PeerReceipt) -> Tensor:
-        """Where the chunk's results go: [P, D]."""
-        return self._pairs[receipt.first_pair :][: receipt.groups.num_pairs]
+    def pairs_of(self, first_pair: int, num_pairs: int) -> Tensor:
+        """Where a chunk's results go: [P, D]."""
+        return self._pairs[first_pair:][:num_pairs]
 
     def _publish(self, hidden: Tensor) -> Tensor | None:
         """Begin to put hidden states where others read them; returned if that is to be done yet."""
         block = self.layout.block
         if not block.as_int8:
             return super()._publish(hidden)
-        self._hidden = self._own_block
+        self._read_own(self._own_block)
         publish_int8(hidden, address(self._own_block), block)
         if not self._on_card:
             for first, row_bytes in ((0, block.row_bytes), (block.scale_offset, 4)):
@@ -68,16 +70,14 @@ class SummingLane(PeerLane):
         if not self._on_card:
             self._weights.copy_(self._arena_weights, non_blocking=True)
 
-    def combine(
-        self, receipt: PeerReceipt, pairs: Tensor, weights: Tensor, output: Tensor, max_ctas: int
-    ) -> None:
+    def combine(self, receipt: PeerReceipt, pairs: Tensor, weights: Tensor, output: Tensor) -> None:
         """Sum what is here for each token, give it, wait for everyone's, and add up its own."""
-        block = self.layout.block
-        sums = self._addresses("results", self.rank * block.num_bytes)
+        here = receipt.step.pairs
+        assert here is not None, "results stay here"
         receipt.chunk.sum(
-            self.pairs_of(receipt),
-            self._with_own(sums),
-            block=block,
-            max_ctas=max_ctas,
+            here,
+            self._sum_addresses,
+            block=self.layout.block,
+            max_ctas=receipt.step.combine_ctas,
         )
-        self._add_up(receipt, weights, output, max_ctas)
+        self._add_up(receipt, weights, output)

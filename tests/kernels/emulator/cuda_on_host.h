@@ -11,6 +11,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #define __device__
@@ -63,10 +64,12 @@ class Cta {
       for (const int thread : order_) {
         thread_ = thread;
         Fiber &fiber = fibers_[thread_];
-        if (fiber.done || (fiber.barrier != nullptr && fiber.barrier->round == fiber.round)) {
+        if (fiber.done || (fiber.barrier != nullptr && fiber.barrier->round == fiber.round) ||
+            (fiber.ready && !fiber.ready())) {
           continue;
         }
         fiber.barrier = nullptr;
+        fiber.ready = nullptr;
         swapcontext(&scheduler_, &fiber.context);
         num_done += fiber.done;
         moved = true;
@@ -76,6 +79,13 @@ class Cta {
   }
 
   int thread() const { return thread_; }
+
+  // Lets the others run at least once, too.
+  void wait_until(std::function<bool()> ready) {
+    Fiber &fiber = fibers_[thread_];
+    fiber.ready = std::move(ready);
+    swapcontext(&fiber.context, &scheduler_);
+  }
 
   void wait_for_all() { wait(all_, static_cast<int>(fibers_.size())); }
 
@@ -113,6 +123,7 @@ class Cta {
     bool done = false;
     const Barrier *barrier = nullptr;  // that it waits at, since this round
     int round = 0;
+    std::function<bool()> ready;  // else what it waits for
   };
 
   static void enter() {

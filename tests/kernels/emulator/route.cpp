@@ -36,10 +36,11 @@ extern "C" bool run_route(const light_route_split_args *args, unsigned seed) {
   std::fill_n(light::route::memory, sizeof light::route::memory, '\x5a');
   emulator::Cta cta(light::route::kThreads, seed);
   return cta.run([&] {
-    if (args->num_ranks <= light::route::kRanksOfOneLane) {
-      route_split_w32(*args);
+    const bool is_narrow = args->num_ranks <= light::route::kRanksOfOneLane;
+    if (args->num_levels > 0) {
+      is_narrow ? route_split_near_w32(*args) : route_split_near_w64(*args);
     } else {
-      route_split_w64(*args);
+      is_narrow ? route_split_w32(*args) : route_split_w64(*args);
     }
   });
 }

@@ -1,0 +1,89 @@
+"""What a lane keeps for the layers of a step, without a GPU."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightmoe.distributed.peers import Road
+from lightmoe.moe.dispatch.base import chunk_of
+from lightmoe.moe.dispatch.copy_engine import ArenaLayout, PeerLane
+from tests.moe.emulated_ranks import open_lanes
+
+LAYOUT = ArenaLayout(
+    num_ranks=3, max_tokens=16, num_experts=4, num_experts_per_token=2, width=8, element_bytes=2
+)
+TOKENS = (7, 0, 16)
+
+
+@pytest.fixture
+def lane(monkeypatch: pytest.MonkeyPatch) -> PeerLane:
+    """The last rank's."""
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    return open_lanes(LAYOUT, "ipc")[2]
+
+
+@pytest.mark.parametrize("road", ["ipc", "host"])
+@pytest.mark.parametrize("num_chunks", [1, 2, 5])
+def test_the_chunks_of_a_step_have_all_tokens_and_rows_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, road: Road, num_chunks: int
+) -> None:
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    lane = open_lanes(LAYOUT, road)[2]
+    chunks = lane.chunks_of_step(TOKENS, num_chunks, TOKENS[2], False)
+
+    for number, chunk in enumerate(chunks):
+        spans = [chunk_of(tokens, number, num_chunks) for tokens in TOKENS]
+        assert chunk.begins == [span.start for span in spans]
+        assert chunk.counts == [span.stop - span.start for span in spans]
+        assert chunk.tokens == spans[2]
+        assert chunk.num_pairs == 2 * sum(chunk.counts) == len(chunk.rows)
+        assert 3 * chunk.expected_pairs >= chunk.num_pairs > 3 * (chunk.expected_pairs - 1)
+        assert chunk.own_prefixes == lane.prefixes[number, 2].data_ptr()
+        assert (chunk.dispatch_ctas, chunk.combine_ctas) == (
+            lane.exchange_ctas if number else 0,
+            lane.exchange_ctas if road == "host" and number + 1 < num_chunks else 0,
+        )
+    for one, other in pairwise(chunks):
+        end = one.rows.data_ptr() + one.rows.numel() * one.rows.element_size()
+        assert end == other.rows.data_ptr()
+
+
+def test_all_layers_of_a_step_share_its_chunks(lane: PeerLane) -> None:
+    chunks = lane.chunks_of_step(TOKENS, 2, 16, False)
+
+    assert lane.chunks_of_step(TOKENS, 2, 16, False) is chunks
+    (padded,) = lane.chunks_of_step((1, 1, 1), 1, 4, True)
+    assert padded.tokens == slice(0, 4)
+    assert padded.dispatch_ctas == padded.combine_ctas == lane.exchange_ctas
+    assert lane.chunks_of_step(TOKENS, 2, 16, False) is not chunks
+
+
+@pytest.mark.parametrize(
+    ("layers", "wanted"),
+    [
+        ([0, 1, 2], [1, 2, 3]),
+        ([0, 0, 1, 1, 2, 2], [3, 7, 11]),
+        ([0, 2, 2, 0], [5, 0, 5]),
+        ([1], [0, 1, 0]),
+        ([0, 0, 0, 1, 1, 2], [6, 9, 6]),
+        ([], [0, 0, 0]),
+    ],
+    ids=str,
+)
+def test_pairs_of_all_chunks_count(
+    monkeypatch: pytest.MonkeyPatch, layers: list[int], wanted: list[int]
+) -> None:
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    lane = open_lanes(LAYOUT, "ipc")[0]
+    lane._pairs_computed = torch.zeros(3, dtype=torch.int32)
+    for number, layer in enumerate(layers, 1):
+        lane.note_pairs(layer, torch.tensor([number], dtype=torch.int32))
+
+    lane.count_pairs()
+
+    assert lane.move_pairs().tolist() == wanted
+    assert lane.move_pairs().tolist() == [0, 0, 0]

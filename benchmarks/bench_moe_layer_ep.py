@@ -19,13 +19,14 @@ import torch
 from ep_ranks import SETTINGS, SHAPES, RankLayer, line_of, run_ranks
 
 from lightmoe.distributed.communicator import Communicator
-from lightmoe.moe.overlap_model import Overlap
+from lightmoe.moe.layer import MoELayer
 
+LAYERS_OF_GRAPH = 4
 PRINTED = (
     "shape",
     "tokens_per_rank",
+    "mode",
     "chunks",
-    "exchange_ctas",
     "naive_ms",
     "gathered_ms",
     "compute_ms",
@@ -44,7 +45,6 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["mixtral", "qwen3"], choices=SHAPES)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192])
     parser.add_argument("--road", choices=SETTINGS, default="ipc")
-    parser.add_argument("--exchange-ctas", type=int, nargs="+", default=[4, 8, 12, 16])
     parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--skip-naive", action="store_true")
     parser.add_argument("--commit", help="the commit that is measured, where git does not know")
@@ -87,13 +87,11 @@ def bench_shape(
         gathered_ms = time_naive(own, hidden, ep_naive.GatheredLayer)
     compute_ms, comm_ms = alone(own, hidden)
     limit_ms = max(compute_ms, comm_ms)
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     common = {
         "setting": SETTINGS[options["road"]],
         "shape": name,
         "tokens_per_rank": num_tokens,
         "transport": "copy_engine",
-        "mode": "deterministic",
         "naive_ms": naive_ms,
         "gathered_ms": gathered_ms,
         "compute_ms": compute_ms,
@@ -101,14 +99,12 @@ def bench_shape(
         "limit_ms": limit_ms,
     }
     for chunks in options["chunks"]:
-        for ctas in options["exchange_ctas"] if chunks > 1 else [0]:
-            overlap = Overlap(num_chunks=chunks, expert_ctas=num_sms - ctas)
-            layer = own.layer(overlap, exchange_ctas=ctas)
-            times = own.measure(lambda layer=layer: layer(hidden))
+        layer = own.layer(own.overlap(chunks))
+        for mode, times in timed(own, layer, hidden).items():
             ours_ms = times["median"]
             yield common | {
+                "mode": mode,
                 "chunks": chunks,
-                "exchange_ctas": ctas,
                 "ours_ms": ours_ms,
                 "ours_min_ms": times["min"],
                 "ours_max_ms": times["max"],
@@ -118,6 +114,16 @@ def bench_shape(
             }
     own.barrier()
     own.memory.close()
+
+
+def timed(own: RankLayer, layer: MoELayer, hidden: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Milliseconds of the layer as it is called, and as part of one CUDA graph of four."""
+    replay = own.graph_of(lambda: layer(hidden), LAYERS_OF_GRAPH)
+    graph = own.measure(replay, per_sample=3)
+    return {
+        "deterministic": own.measure(lambda: layer(hidden)),
+        "deterministic, graph": {name: ms / LAYERS_OF_GRAPH for name, ms in graph.items()},
+    }
 
 
 def time_naive(own: RankLayer, hidden: torch.Tensor, kind: type[ep_naive.NaiveLayer]) -> float:

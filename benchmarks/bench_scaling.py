@@ -21,7 +21,6 @@ from ep_ranks import RankLayer, run_ranks
 from ep_transports import ALL_SHAPES, ROADS, join_torch_group, over
 
 from lightmoe.distributed.communicator import Communicator
-from lightmoe.moe.overlap_model import EXCHANGE_CTAS, Overlap
 
 
 def main() -> None:
@@ -83,7 +82,7 @@ def bench_shape(
     compute_ms, comm_ms = alone(own, hidden)
     limit_ms = max(compute_ms, comm_ms)
     for chunks in options["chunks"] if transport == "copy_engine" else [1]:
-        layer = own.layer(overlap(device, chunks), exchange_ctas=EXCHANGE_CTAS)
+        layer = own.layer(own.overlap(chunks))
         own.barrier()
         times = own.measure(lambda layer=layer: layer(hidden), num_samples=options["num_samples"])
         ours_ms = times["median"]
@@ -113,14 +112,6 @@ def bench_shape(
 def hidden_fraction(compute_ms: float, comm_ms: float, ours_ms: float, num_ranks: int) -> float:
     """Of the shorter of both; 0 where nothing is exchanged."""
     return (compute_ms + comm_ms - ours_ms) / min(compute_ms, comm_ms) if num_ranks > 1 else 0.0
-
-
-def overlap(device: torch.device, chunks: int) -> Overlap:
-    """So many chunks; what the exchange leaves of a card to the experts."""
-    if device.type != "cuda" or chunks == 1:
-        return Overlap(num_chunks=chunks)
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return Overlap(num_chunks=chunks, expert_ctas=num_sms - EXCHANGE_CTAS)
 
 
 def efficiency(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor
 from lightmoe.distributed.communicator import Communicator, Rendezvous
 from lightmoe.distributed.peers import PeerMemory, Road, gather_bytes
 from lightmoe.moe.dispatch import ExpertGroup, make_dispatcher
-from lightmoe.moe.dispatch.copy_engine import ArenaLayout, PeerLane
+from lightmoe.moe.dispatch.copy_engine import ArenaLayout, PeerLane, multiprocessors_of
 from lightmoe.moe.experts import Experts, SlotPool
 from lightmoe.moe.gate import Gate
 from lightmoe.moe.layer import MoELayer
@@ -164,10 +164,14 @@ class RankLayer:
         rank, device = self.communicator.rank, self.device
         self.lane = PeerLane(arena, self.memory, rank, 1, self.dtype, device, 30.0)
 
-    def layer(self, overlap: Overlap | None = None, exchange_ctas: int = 0) -> MoELayer:
+    def overlap(self, num_chunks: int) -> Overlap:
+        """So many chunks, on a card beside each other as a launch has them."""
+        if self.device.type != "cuda":
+            return Overlap(num_chunks=num_chunks)
+        return Overlap(num_chunks=num_chunks, expert_ctas=multiprocessors_of(self.device).experts)
+
+    def layer(self, overlap: Overlap | None = None) -> MoELayer:
         """The layer with this overlap."""
-        if self.lane is not None:
-            self.lane.exchange_ctas = exchange_ctas
         return MoELayer(0, self.gate, self.load, self.dispatcher, self.experts, overlap=overlap)
 
     def hidden(self, num_tokens: int) -> Tensor:

@@ -73,10 +73,16 @@ __device__ inline void meet(const light_exchange_flags &flags) {
   }
 }
 
+// Chunk c ends here: lightmoe.moe.overlap_model.chunk_of.
+__device__ inline int end_of_chunk(int chunk, int num_tokens, int num_chunks) {
+  return chunk + 1 == num_chunks
+             ? num_tokens
+             : (int)((long long)num_tokens * (2 * chunk + 1) / (2 * num_chunks - 2));
+}
+
 __device__ inline int chunk_of(int token, int num_tokens, int num_chunks) {
-  int chunk = (int)((long long)token * num_chunks / num_tokens);
-  // Chunk c begins at num_tokens * c / num_chunks, rounded down.
-  while (chunk + 1 < num_chunks && (long long)num_tokens * (chunk + 1) / num_chunks <= token) {
+  int chunk = 0;
+  while (end_of_chunk(chunk, num_tokens, num_chunks) <= token) {
     ++chunk;
   }
   return chunk;
@@ -269,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(32 * light::ring::kWarps)
 }
 
 #define LIGHT_BULK_COMBINE(suffix, Scalar)                                      \
-  extern "C" __global__ void __launch_bounds__(32 * light::ring::kWarps)       \
+  extern "C" __global__ void __launch_bounds__(32 * light::ring::kCombineWarps) \
       exchange_combine_bulk_##suffix(                                          \
           const __grid_constant__ light_exchange_combine_args args) {          \
     light::wait_for_previous_kernel();                                         \

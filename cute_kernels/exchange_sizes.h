@@ -11,9 +11,10 @@ constexpr int kPullStages = 6, kPullStageBytes = 4096;
 constexpr int kWarpBytes = kPullStages * kPullStageBytes + 128 + 32 * kMostPairs * 4;
 constexpr int kBytes = kWarps * kWarpBytes;
 
-constexpr int kCombineStages = 6, kCombineStageBytes = 4096;
+// Adding up takes more warps than copying.
+constexpr int kCombineWarps = 16, kCombineStages = 3, kCombineStageBytes = 4096;
 constexpr int kCombineWarpBytes = kCombineStages * kCombineStageBytes + 128;  // stages, barriers
-constexpr int kCombineBytes = kWarps * kCombineWarpBytes;
+constexpr int kCombineBytes = kCombineWarps * kCombineWarpBytes;
 
 // Of each row of a token, what is copied at once: 512 bytes are 16 of every lane.
 constexpr int combine_piece_bytes(int num_pairs, int width_bytes) {

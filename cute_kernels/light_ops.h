@@ -248,8 +248,8 @@ typedef struct light_exchange_flags {
 // To every rank: this rank's choices int32 [T, K] at choice_offset, and for each of C chunks the
 // prefix sums of its pairs per expert, [E + 1] at prefix_offset and each further chunk's after those
 // of all ranks; its weights float32 [T, K] at weight_offset, where they are given; its hidden states
-// to where others read them. Then they meet. Chunk c has tokens T * c / C up to T * (c + 1) / C. The
-// pairs of each expert are added to `load`, where it is given.
+// to where others read them. Then they meet. Chunk c ends at T * (2 c + 1) / (2 C - 2), the last at T.
+// The pairs of each expert are added to `load`, where it is given.
 typedef struct light_exchange_share_args {
   light_exchange_flags flags;
   const int *experts;     // [T, K]

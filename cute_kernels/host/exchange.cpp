@@ -90,12 +90,13 @@ light_status copies_in_bulk(const std::string &plain, bool *can) {
 }
 
 template <class Args>
-light_status launch_bulk(const std::string &name, int shared_bytes, long long most_warps,
-                         int max_ctas, const Args &args, light_stream stream) {
+light_status launch_bulk(const std::string &name, int num_warps, int shared_bytes,
+                         long long most_warps, int max_ctas, const Args &args,
+                         light_stream stream) {
   const Kernel *kernel = nullptr;
-  LIGHT_TRY(find_kernel("exchange", name, kBulkThreads, shared_bytes, &kernel));
+  LIGHT_TRY(find_kernel("exchange", name, 32 * num_warps, shared_bytes, &kernel));
   const long long most = max_ctas > 0 ? max_ctas : kernel->resident_ctas();
-  const long long wanted = (most_warps + ring::kWarps - 1) / ring::kWarps;
+  const long long wanted = (most_warps + num_warps - 1) / num_warps;
   return launch(*kernel, {static_cast<unsigned int>(std::min(wanted, most))}, args, stream,
                 kInTurn);
 }
@@ -109,8 +110,8 @@ light_status launch_pull(long long num_tokens, int max_ctas, const light_exchang
   if (!can || !args.on_cards || num_tokens / kBulkThreads < kFewestBulkCtas) {
     return launch_tokens(name, num_tokens, max_ctas, args, stream);
   }
-  return launch_bulk("exchange_pull_bulk", ring::kBytes, (num_tokens + 3) / 4, max_ctas, args,
-                     stream);
+  return launch_bulk("exchange_pull_bulk", ring::kWarps, ring::kBytes, (num_tokens + 3) / 4,
+                     max_ctas, args, stream);
 }
 
 }  // namespace
@@ -219,8 +220,8 @@ light_status light_exchange_combine(const light_exchange_combine_args *args, lig
   LIGHT_TRY(light::copies_in_bulk(name, &can));
   if (bulk && can) {
     return light::launch_bulk(std::string("exchange_combine_bulk") + suffix,
-                              light::ring::kCombineBytes, args->num_tokens, max_ctas, *args,
-                              stream);
+                              light::ring::kCombineWarps, light::ring::kCombineBytes,
+                              args->num_tokens, max_ctas, *args, stream);
   }
   // Few tokens are cut into parts of rows, 32 times 16 bytes each.
   const long long parts = (args->width_bytes + 511) / 512;

@@ -61,7 +61,7 @@ def begin(dispatcher: Dispatcher, hidden: Tensor, choice: Choice, half: int) -> 
 def compute(flight: InFlight, experts: Experts, overlap: Overlap) -> None:
     """The experts' products of this half, and their way back."""
     dispatcher, receipt = flight.dispatcher, flight.receipt
-    cut = dispatcher.beside is not None and flight.hidden.is_cuda
+    cut = dispatcher.beside is not None and flight.hidden.is_cuda and experts.waits_for_links
     _join(flight)
     with span("experts"):
         # The first half's finds the device to itself, the second's runs beside the first's down.

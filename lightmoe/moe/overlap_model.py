@@ -20,14 +20,57 @@ MARGIN = 0.05
 FEWEST_TOKENS = 256
 """Of the fullest rank; smaller steps are not cut: their stages are launches, and may be padded."""
 
-EXCHANGE_CTAS = 16
-"""Multiprocessors of an exchange that runs beside the experts."""
+EXCHANGE_SHARE = 2 / 11
+"""Of the multiprocessors, for an exchange that runs beside the experts: 24 of an H200's 132."""
 
-UP_SHARE = 4 / 7
-"""Of the experts' multiprocessors, for the first product where the second of other tokens runs
-beside it: it has two thirds of the arithmetic, and the other writes to other ranks."""
+UP_SHARE = 0.6
+"""Of the experts' multiprocessors, for the first product where the second of as many other tokens
+runs beside it: it has two thirds of the arithmetic, and the other writes to other ranks."""
 
 _CLOCK_SECONDS = 1e-6  # times below it are not told apart
+
+
+def chunk_of(num_tokens: int, chunk: int, num_chunks: int) -> slice:
+    """Tokens of one of the chunks. Of three or more the first and the last are half as large.
+
+    Nothing hides the rows of the first, nor the results of the last.
+    """
+    begin, end = (_border(num_tokens, border, num_chunks) for border in (chunk, chunk + 1))
+    return slice(begin, end)
+
+
+def _border(num_tokens: int, chunk: int, num_chunks: int) -> int:
+    if chunk in (0, num_chunks):
+        return num_tokens if chunk else 0
+    return num_tokens * (2 * chunk - 1) // (2 * num_chunks - 2)
+
+
+def up_share(chunk: int, num_chunks: int) -> float:
+    """Share of the multiprocessors for the next chunk's first product beside this one's second."""
+    up = UP_SHARE * _weight_of(chunk + 1, num_chunks)
+    return up / (up + (1 - UP_SHARE) * _weight_of(chunk, num_chunks))
+
+
+def _weight_of(chunk: int, num_chunks: int) -> int:
+    """A chunk's size, to others' of the same layer."""
+    return 1 if num_chunks < 3 or chunk in (0, num_chunks - 1) else 2
+
+
+@dataclass(frozen=True, slots=True)
+class Multiprocessors:
+    """Those of an exchange, and those of the experts beside it."""
+
+    exchange: int
+    experts: int
+
+    @classmethod
+    def of(cls, count: int, *, claims_tiles: bool) -> Multiprocessors:
+        """Of a card that has so many.
+
+        Products that claim their tiles have all: CTAs that the exchange makes late take fewer.
+        """
+        exchange = max(1, round(EXCHANGE_SHARE * count))
+        return cls(exchange, count if claims_tiles else max(1, count - exchange))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +91,9 @@ class LayerCosts:
 
     Tokens are those of one rank. `up` and `down` are the experts' products. The gate's cost
     includes the exchange of the choice. `host` is what enqueuing the layer takes, by chunks instead
-    of tokens: the device cannot be faster.
+    of tokens: the device cannot be faster. `in_turn`: each product has all multiprocessors, else
+    `up` is what it takes beside a `down` of as many tokens. `put_off`: results are added up once
+    the last second product has begun.
     """
 
     dispatch: StageCost
@@ -57,6 +102,8 @@ class LayerCosts:
     combine: StageCost
     gate: StageCost = StageCost(0.0, 0.0)
     host: StageCost = StageCost(0.0, 0.0)
+    in_turn: bool = False
+    put_off: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +123,6 @@ class ChunkChoice:
 class Overlap:
     """How a layer overlaps: how many chunks, and what the exchange leaves of the device.
 
-    `up_ctas` and `down_ctas` are what each product has where both run beside each other.
-
     | field | meaning |
     |---|---|
     | num_chunks | so many; None: what the costs say |
@@ -93,14 +138,20 @@ class Overlap:
 
     @property
     def up_ctas(self) -> int | None:
-        """Multiprocessors of the first product."""
-        return None if self.expert_ctas is None else round(UP_SHARE * self.expert_ctas)
+        """Multiprocessors of the first product, beside a second one of as many tokens."""
+        return self.ctas_beside(0, 2)[0]
 
     @property
     def down_ctas(self) -> int | None:
-        """Multiprocessors of the second product."""
-        up = self.up_ctas
-        return None if up is None or self.expert_ctas is None else self.expert_ctas - up
+        """Multiprocessors of the second product, beside a first one of as many tokens."""
+        return self.ctas_beside(0, 2)[1]
+
+    def ctas_beside(self, chunk: int, num_chunks: int) -> tuple[int | None, int | None]:
+        """Multiprocessors of a chunk's second product and of the next one's first: up, down."""
+        if self.expert_ctas is None:
+            return None, None
+        up = round(up_share(chunk, num_chunks) * self.expert_ctas)
+        return up, self.expert_ctas - up
 
     def cuts_in_two(self, num_tokens: int) -> bool:
         """Whether a step with so many tokens on the fullest rank runs as two halves."""
@@ -155,24 +206,25 @@ def choose_chunks(costs: LayerCosts, num_tokens: int, max_chunks: int = MAX_CHUN
 def pipeline_seconds(costs: LayerCosts, num_tokens: int, num_chunks: int) -> float:
     """Time of a layer cut into chunks: one stream exchanges, one has the ups, one the downs.
 
-    The exchange brings the rows of all chunks, then their results, each when its down is done. With
-    several chunks `up` is what it takes beside a down: the first has the device to itself.
+    The exchange brings the rows of all chunks, then their results, each when its down is done.
     """
-    sizes = _chunk_sizes(num_tokens, num_chunks)
+    spans = [chunk_of(num_tokens, chunk, num_chunks) for chunk in range(num_chunks)]
+    sizes = [span.stop - span.start for span in spans]
     begin = costs.gate.seconds(num_tokens)
     arrived = [begin + seconds for seconds in accumulate(map(costs.dispatch.seconds, sizes))]
-    up_free, down_free, exchange_free = 0.0, 0.0, arrived[-1]
-    for index, size in enumerate(sizes):
-        share = UP_SHARE if index == 0 and num_chunks > 1 else 1.0
-        up_free = max(arrived[index], up_free) + share * costs.up.seconds(size)
+    up_free, down_free, downs = 0.0, 0.0, []
+    for chunk, size in enumerate(sizes):
+        share = UP_SHARE / up_share(chunk - 1, num_chunks) if chunk else UP_SHARE
+        beside = num_chunks > 1 and not costs.in_turn
+        up_free = max(arrived[chunk], up_free, 0.0 if beside else down_free)
+        up_free += costs.up.seconds(size) * (share if beside else 1.0)
         down_free = max(up_free, down_free) + costs.down.seconds(size)
-        exchange_free = max(exchange_free, down_free) + costs.combine.seconds(size)
-    return max(exchange_free, costs.host.seconds(num_chunks))
-
-
-def _chunk_sizes(num_tokens: int, num_chunks: int) -> list[int]:
-    size, larger = divmod(num_tokens, num_chunks)
-    return [size + (index < larger) for index in range(num_chunks)]
+        downs.append(down_free)
+    free = arrived[-1]
+    for chunk, size in enumerate(sizes):
+        ready = downs[max(chunk, num_chunks - 2)] if costs.put_off else downs[chunk]
+        free = max(free, ready) + costs.combine.seconds(size)
+    return max(free, costs.host.seconds(num_chunks))
 
 
 def _weight(seconds: float) -> float:

@@ -73,23 +73,26 @@ def _overlapped(
     """
     compute, exchange = torch.cuda.current_stream(hidden.device), dispatcher.stream
     assert exchange is not None
-    beside = dispatcher.beside or compute
-    alone, cut = overlap.expert_ctas, dispatcher.beside is not None
-    at_once, last = dispatcher.exchanges_at_once, len(receipts) - 1
-    put_off, waits = dispatcher.combines_here, experts.waits_for_links
+    cut = dispatcher.beside is not None and experts.waits_for_links
+    beside = dispatcher.beside if cut and dispatcher.beside is not None else compute
+    alone, num_chunks, last = overlap.expert_ctas, len(receipts), len(receipts) - 1
+    at_once, put_off = dispatcher.exchanges_at_once, dispatcher.combines_here
     arriving: list[tuple[Tensor, torch.cuda.Event]] = []
-    parts: list[Tensor] = []
     inners: list[Tensor] = []
     results: list[Tensor] = []  # of the experts
+    output = torch.empty_like(hidden)
+    parts = [output[receipt.tokens] for receipt in receipts]
 
     def dispatch(chunk: int) -> None:
         with span("dispatch", chunk=chunk):
             rows = dispatcher.dispatch(hidden, receipts[chunk])
         arriving.append((rows, exchange.record_event()))
 
-    def combine(chunk: int) -> None:
-        with span("combine", chunk=chunk):
-            parts.append(dispatcher.combine(results[chunk], weights, receipts[chunk]))
+    def combine(first: int, end: int) -> None:
+        with span("combine", chunk=end - 1):
+            dispatcher.combine_all(
+                results[first:end], weights, receipts[first:end], parts[first:end]
+            )
 
     def exchange_both(chunk: int) -> None:
         with span("exchange", chunk=chunk):
@@ -97,39 +100,38 @@ def _overlapped(
                 (hidden, receipts[chunk]), (results[chunk - 2], weights, receipts[chunk - 2])
             )
         arriving.append((rows, exchange.record_event()))
-        parts.append(part)
+        parts[chunk - 2].copy_(part)
 
     follow(exchange, compute)
     with on_stream(exchange, compute):
-        for chunk in range(2 if at_once else len(receipts)):
+        for chunk in range(2 if at_once else num_chunks):
             dispatch(chunk)
     added = None if shared_expert is None else shared_expert(hidden)
+    up_ctas = alone
     for index, receipt in enumerate(receipts):
         with on_stream(exchange, compute):
             if at_once and 0 < index < last:
                 exchange_both(index + 1)
             elif not put_off and index:
-                combine(index - 1)
+                combine(index - 1, index)
             elif put_off and index == last:
-                for chunk in range(last):
-                    combine(chunk)
+                combine(0, last)
         rows, arrived = arriving[index]
         compute.wait_event(arrived)
         with span("experts", chunk=index):
-            up_ctas = overlap.up_ctas if cut and index else alone
             inners.append(experts.up(rows, receipt, max_ctas=up_ctas))
+        down_ctas = alone
         if cut:
             follow(beside, compute)
+            up_ctas, down_ctas = overlap.ctas_beside(index, num_chunks)
+            if index == last:  # where sums were put off they have the others
+                down_ctas = overlap.up_ctas if put_off else alone
         with on_stream(beside, compute), span("experts", chunk=index):
-            down_ctas = overlap.down_ctas if cut and index < last else alone
-            if put_off and waits and index == last:
-                down_ctas = overlap.up_ctas  # the sums have the others
-            output = dispatcher.output_of(receipt)
-            down = experts.down(inners[index], receipt, output=output, max_ctas=down_ctas)
+            given = dispatcher.output_of(receipt)
+            down = experts.down(inners[index], receipt, output=given, max_ctas=down_ctas)
         results.append(down)
         follow(exchange, beside)
     with on_stream(exchange, compute):
-        combine(last)
+        combine(last, num_chunks)
     follow(compute, exchange)
-    result = torch.cat(parts)
-    return result if added is None else result.add_(added)
+    return output if added is None else output.add_(added)

@@ -109,7 +109,8 @@ def _expert_parallel_prefill(wish: Wish) -> tuple[float, str]:
         layer = sum(stage(busiest) for stage in stages)
         note = "1 chunk: a single token"
     else:
-        costs = LayerCosts(*(fit([(n, stage(n)) for n in sizes]) for stage in stages))
+        dispatch, up, down, combine = (fit([(n, stage(n)) for n in sizes]) for stage in stages)
+        costs = LayerCosts(dispatch, up, down, combine)
         choice = choose_chunks(costs, busiest)
         layer, note = choice.predicted_seconds, f"prefill in {choice.reason}"
     per_step = (

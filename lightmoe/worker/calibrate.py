@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -17,10 +17,9 @@ import torch
 from lightmoe.distributed.peers import gather_bytes
 from lightmoe.models.decoder import Decoder
 from lightmoe.moe.dispatch import ExpertGroup
-from lightmoe.moe.dispatch.copy_engine import CopyEngineDispatcher, PeerLane
+from lightmoe.moe.dispatch.copy_engine import CopyEngineDispatcher, PeerLane, multiprocessors_of
 from lightmoe.moe.layer import MoELayer
 from lightmoe.moe.overlap_model import (
-    EXCHANGE_CTAS,
     FEWEST_TOKENS,
     MARGIN,
     LayerCosts,
@@ -43,10 +42,11 @@ _HOST_CHUNKS = (1, 4)
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """Fitted costs of one layer's stages alone, and beside each other, each with its share."""
+    """Fitted costs of one layer's stages: alone, beside another half's, beside other chunks'."""
 
     alone: LayerCosts
     beside: LayerCosts
+    chunked: LayerCosts
 
 
 def choose_overlap(
@@ -66,28 +66,17 @@ def choose_overlap(
         return Overlap(), "no overlap, as asked"
     if wanted == "halves":
         device = decoder.moe_layers[0].gate.router_weight.device
-        expert_ctas = _expert_ctas(device, EXCHANGE_CTAS) if device.type == "cuda" else None
+        expert_ctas = multiprocessors_of(device).experts if device.type == "cuda" else None
         return Overlap(halves_from=2, expert_ctas=expert_ctas), "two halves, as asked"
     lane, control = group.peers, group.communicator
     if lane is None or control is None:
         return Overlap(), "no overlap: this transport waits for the host"
     if max_tokens < 2 * FEWEST_TOKENS:
         return Overlap(), f"no overlap: steps have up to {max_tokens} tokens a rank"
-    expert_ctas = _expert_ctas(lane.rows.device, lane.exchange_ctas)
+    expert_ctas = multiprocessors_of(lane.rows.device).experts
     layer = decoder.moe_layers[0]
     stages = _time_stages(layer, group, lane, max_tokens, expert_ctas)
     return decide(stages, max_tokens, expert_ctas)
-
-
-def _expert_ctas(device: torch.device, exchange_ctas: int) -> int:
-    """Multiprocessors of the experts.
-
-    All where CTAs claim their tiles, so that those the exchange makes late take fewer; elsewhere
-    what it leaves.
-    """
-    properties = torch.cuda.get_device_properties(device)
-    num_sms = properties.multi_processor_count
-    return num_sms if properties.major >= 9 else max(num_sms // 2, num_sms - exchange_ctas)
 
 
 def decide(stages: Stages, max_tokens: int, expert_ctas: int) -> tuple[Overlap, str]:
@@ -102,10 +91,10 @@ def decide(stages: Stages, max_tokens: int, expert_ctas: int) -> tuple[Overlap, 
         halves = _ms(_halves_seconds(stages, max_tokens))
         reason = f"two halves from {min(saving)} tokens a rank ({times}, {halves} in halves)"
         return Overlap(halves_from=min(saving), expert_ctas=expert_ctas), reason
-    choice = choose_chunks(stages.beside, max_tokens)
+    choice = choose_chunks(stages.chunked, max_tokens)
     if choice.num_chunks > 1 and choice.predicted_seconds < _limit(serial[max_tokens]):
         reason = f"chunks ({times}, {_ms(choice.predicted_seconds)} in {choice.num_chunks} chunks)"
-        costs = stages.beside
+        costs = stages.chunked
         return Overlap(num_chunks=None, costs=costs, expert_ctas=expert_ctas), reason
     return Overlap(), f"no overlap ({times}; it would not save {MARGIN:.0%})"
 
@@ -149,7 +138,15 @@ def _time_stages(
         layer.load.move()
         lane.take_bytes_sent()
     enqueuing = fit(list(zip(_HOST_CHUNKS, host, strict=True)))
-    return Stages(_fit(sizes, alone, enqueuing), _fit(sizes, beside, enqueuing))
+    fitted, cut_in_two = _fit(sizes, alone, enqueuing), _fit(sizes, beside, enqueuing)
+    put_off = layer.dispatcher.combines_here
+    chunked = replace(
+        cut_in_two,
+        combine=fitted.combine if put_off else cut_in_two.combine,
+        in_turn=not layer.experts.waits_for_links,
+        put_off=put_off,
+    )
+    return Stages(fitted, cut_in_two, chunked)
 
 
 def _fit(
@@ -216,6 +213,9 @@ def _sample(
     overlap: Overlap,
 ) -> list[float]:
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(6)]
+    up_ctas, down_ctas = overlap.up_ctas, overlap.down_ctas
+    if not layer.experts.waits_for_links:
+        up_ctas = down_ctas = overlap.expert_ctas
 
     marks[0].record()
     dispatcher.publish(hidden)
@@ -224,10 +224,10 @@ def _sample(
     marks[1].record()
     rows = dispatcher.dispatch(hidden, receipt)
     marks[2].record()
-    inner = layer.experts.up(rows, receipt, max_ctas=overlap.up_ctas)
+    inner = layer.experts.up(rows, receipt, max_ctas=up_ctas)
     marks[3].record()
     output = dispatcher.output_of(receipt)
-    pairs = layer.experts.down(inner, receipt, output=output, max_ctas=overlap.down_ctas)
+    pairs = layer.experts.down(inner, receipt, output=output, max_ctas=down_ctas)
     marks[4].record()
     dispatcher.combine(pairs, choice.weights, receipt)
     marks[5].record()

@@ -21,10 +21,9 @@ from lightmoe.models.checkpoint import read_index
 from lightmoe.models.decoder import Decoder, Parts, load_experts, read_expert
 from lightmoe.models.weights import DummyReader, SafetensorsReader, WeightReader
 from lightmoe.moe.dispatch import ExpertGroup
-from lightmoe.moe.dispatch.copy_engine import PeerLane
+from lightmoe.moe.dispatch.copy_engine import PeerLane, multiprocessors_of
 from lightmoe.moe.load import LoadCounter
 from lightmoe.moe.overflow import Overflow
-from lightmoe.moe.overlap_model import EXCHANGE_CTAS
 from lightmoe.moe.skew import RoutingSkew
 from lightmoe.telemetry.rank_recorder import RankRecorder
 from lightmoe.worker.calibrate import choose_overlap
@@ -77,7 +76,8 @@ class Worker:
     def _join_nccl(self, control: Communicator) -> NcclCommunicator:
         config = self._config
         # In halves it runs beside the experts, which leave it as much (calibrate.py).
-        max_ctas = EXCHANGE_CTAS if config.overlap == "halves" else None
+        halves = config.overlap == "halves"
+        max_ctas = multiprocessors_of(self._device).exchange if halves else None
         os.environ.update(
             nccl_environment(
                 self.rank,

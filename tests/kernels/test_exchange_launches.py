@@ -179,12 +179,12 @@ def wanted(name: str, **changes: object) -> Call:
         ("exchange_combine", {"dtype": 2}, ("exchange_combine_f32", 7, 512)),
         ("exchange_combine", {"num_tokens": 1023}, ("exchange_combine_bf16", 64, 512)),
         # Bulk copies where there are more tokens; a warp has one at least.
-        ("exchange_combine", {"num_tokens": 1024}, ("exchange_combine_bulk_bf16", 128, 256)),
-        ("exchange_combine", {"num_tokens": 9999}, ("exchange_combine_bulk_bf16", 136, 256)),
+        ("exchange_combine", {"num_tokens": 1024}, ("exchange_combine_bulk_bf16", 64, 512)),
+        ("exchange_combine", {"num_tokens": 9999}, ("exchange_combine_bulk_bf16", 68, 512)),
         (
             "exchange_combine",
             {"num_tokens": 9999, "max_ctas": 4, "dtype": 2},
-            ("exchange_combine_bulk_f32", 4, 256),
+            ("exchange_combine_bulk_f32", 4, 512),
         ),
         (
             "exchange_combine",

@@ -18,6 +18,7 @@ from lightmoe.distributed.peers import Road
 from lightmoe.kernels import reference
 from lightmoe.moe.dispatch.copy_engine import ArenaLayout, PeerLane
 from lightmoe.moe.dispatch.summing import SummingLane
+from lightmoe.moe.overlap_model import chunk_of
 from tests.kernels.exchange_cases import (
     POSITION_BITS,
     ChunkArgs,
@@ -89,13 +90,9 @@ class HostLibrary:
             index = torch.empty_like(experts).scatter_(0, order, torch.arange(len(order)).int())
             counts = experts.long().bincount(minlength=num_experts)
             prefixes = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()[None]
-        chunk = torch.tensor(
-            [
-                max(c for c in range(len(prefixes)) if tokens * c // len(prefixes) <= token)
-                for token in range(tokens)
-            ],
-            dtype=torch.int64,
-        ).repeat_interleave(per_token)
+        spans = [chunk_of(tokens, number, len(prefixes)) for number in range(len(prefixes))]
+        sizes = torch.tensor([span.stop - span.start for span in spans])
+        chunk = torch.arange(len(spans)).repeat_interleave(sizes * per_token)
         place = index - prefixes[chunk, experts.long()]
         for arena in arenas:
             at = arena + given["choice_offset"]

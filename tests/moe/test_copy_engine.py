@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightmoe.distributed.peers import Road
-from lightmoe.moe.dispatch.base import chunk_of
 from lightmoe.moe.dispatch.copy_engine import ArenaLayout, PeerLane
+from lightmoe.moe.overlap_model import chunk_of
 from tests.moe.emulated_ranks import open_lanes
 
 LAYOUT = ArenaLayout(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lightmoe.distributed.communicator import Communicator
 from lightmoe.moe.dispatch import Dispatcher, ExpertGroup, make_dispatcher
-from lightmoe.moe.dispatch.base import chunk_of
 from lightmoe.moe.gate import Choice
+from lightmoe.moe.overlap_model import chunk_of
 from lightmoe.moe.placement import Placement
 from lightmoe.moe.route import ROUTES
 from tests.moe.cases import placement_of, random_copies, random_nearness, zipf_choice
@@ -181,9 +181,14 @@ def test_every_pair_is_computed_once_by_a_holder_of_its_expert(
 
 @given(num_tokens=st.integers(0, 100), num_chunks=st.integers(1, 9))
 @settings(deadline=None, derandomize=True)
-def test_chunks_are_nearly_equal_and_cover_all_tokens(num_tokens: int, num_chunks: int) -> None:
+def test_chunks_cover_all_tokens_and_the_outer_ones_are_half_as_large(
+    num_tokens: int, num_chunks: int
+) -> None:
     spans = [chunk_of(num_tokens, chunk, num_chunks) for chunk in range(num_chunks)]
 
     assert [i for span in spans for i in range(span.start, span.stop)] == list(range(num_tokens))
-    sizes = [span.stop - span.start for span in spans]
-    assert max(sizes) - min(sizes) <= 1
+    weights = [
+        1 if num_chunks < 3 or chunk in (0, num_chunks - 1) else 2 for chunk in range(num_chunks)
+    ]
+    for span, weight in zip(spans, weights, strict=True):
+        assert abs(span.stop - span.start - num_tokens * weight / sum(weights)) <= 1

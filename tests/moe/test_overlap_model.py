@@ -17,23 +17,30 @@ from lightmoe.moe.overlap_model import (
     Overlap,
     StageCost,
     choose_chunks,
+    chunk_of,
     fit,
     pipeline_seconds,
+    up_share,
 )
 
 costs = st.builds(
     LayerCosts,
     *[st.builds(StageCost, st.floats(0, 1e-3), st.floats(0, 1e-6)) for _ in range(6)],
+    st.booleans(),
+    st.booleans(),
 )
 EVEN = LayerCosts(*(StageCost(1e-6, beta) for beta in (1e-7, 2e-7, 1e-7, 1e-7)))
 
 
 def makespan_of_tasks(layer: LayerCosts, num_tokens: int, num_chunks: int) -> float:
     """The same pipeline as a list of tasks with what each waits for."""
-    base, larger = divmod(num_tokens, num_chunks)
-    sizes = [base + (i < larger) for i in range(num_chunks)]
-    stream = [f"{kind}{i}" for kind in ("r", "c") for i in range(num_chunks)]
-    products = {kind: [f"{kind}{i}" for i in range(num_chunks)] for kind in ("u", "d")}
+    spans = [chunk_of(num_tokens, chunk, num_chunks) for chunk in range(num_chunks)]
+    chunks, last = range(num_chunks), num_chunks - 1
+    stream = [f"{kind}{i}" for kind in ("r", "c") for i in chunks]
+    products = {kind: [f"{kind}{i}" for i in chunks] for kind in ("u", "d")}
+    beside = num_chunks > 1 and not layer.in_turn
+    if not beside:
+        products = {"ud": [f"{kind}{i}" for i in chunks for kind in ("u", "d")]}
     queues = {"stream": stream, **products}
     kinds = {"r": layer.dispatch, "u": layer.up, "d": layer.down, "c": layer.combine}
     needs = {"r": "", "u": "r", "d": "u", "c": "d"}
@@ -45,9 +52,12 @@ def makespan_of_tasks(layer: LayerCosts, num_tokens: int, num_chunks: int) -> fl
                 continue
             kind, index = tasks[0][0], int(tasks[0][1:])
             need = [f"{needs[kind]}{index}"] if needs[kind] else []
+            if kind == "c" and layer.put_off and index < last:
+                need = [f"d{last - 1}"]
             if all(one in done for one in need):
-                seconds = kinds[kind].seconds(sizes[index])
-                seconds *= UP_SHARE if (tasks[0] == "u0" and num_chunks > 1) else 1
+                seconds = kinds[kind].seconds(spans[index].stop - spans[index].start)
+                if kind == "u" and beside:
+                    seconds *= UP_SHARE / (up_share(index - 1, num_chunks) if index else 1)
                 start = max([free[queue], *(done[one] for one in need)])
                 done[tasks.pop(0)] = free[queue] = start + seconds
     return max(*done.values(), layer.host.seconds(num_chunks))

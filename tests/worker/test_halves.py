@@ -75,17 +75,20 @@ def test_a_cut_step_has_every_token_once(num_tokens: int) -> None:
 
 def costs(*stages: float) -> LayerCosts:
     """Milliseconds of 1000 tokens in dispatch, up, down and combine, all of it by the token."""
-    return LayerCosts(*(StageCost(1e-5, value / 1e6) for value in stages))
+    dispatch, up, down, combine = (StageCost(1e-5, value / 1e6) for value in stages)
+    return LayerCosts(dispatch, up, down, combine)
 
 
 def test_halves_where_the_exchange_is_long_and_nothing_where_it_is_short() -> None:
     """By the times that were fitted; the reason names them."""
-    long = Stages(costs(2, 2, 1, 2), costs(2.2, 3.5, 3, 2.2))
+    beside = costs(2.2, 3.5, 3, 2.2)
+    long = Stages(costs(2, 2, 1, 2), beside, beside)
     overlap, reason = decide(long, 8192, 116)
     assert overlap.halves_from is not None
     assert overlap.cuts_in_two(8192)
     assert "two halves" in reason
-    short = Stages(costs(0.01, 6, 3, 0.01), costs(0.03, 10.5, 9, 0.03))
+    beside = costs(0.03, 10.5, 9, 0.03)
+    short = Stages(costs(0.01, 6, 3, 0.01), beside, beside)
     overlap, reason = decide(short, 8192, 116)
     assert overlap == Overlap()
     assert reason.startswith("no overlap")

@@ -108,9 +108,25 @@ class Dispatcher(Protocol):
         """Where the experts write the chunk's results [P, D]; None: into memory of their own."""
         return None
 
-    def combine(self, pairs: Tensor, weights: Tensor, receipt: Receipt) -> Tensor:
-        """Results back to their tokens, weighted, summed: [P, D] -> [T of the chunk, D]."""
+    def combine(
+        self, pairs: Tensor, weights: Tensor, receipt: Receipt, output: Tensor | None = None
+    ) -> Tensor:
+        """Results back to their tokens, weighted, summed: [P, D] -> [T of the chunk, D].
+
+        `output` is written and returned where given.
+        """
         ...
+
+    def combine_all(
+        self,
+        pairs: Sequence[Tensor],
+        weights: Tensor,
+        receipts: Sequence[Receipt],
+        outputs: Sequence[Tensor],
+    ) -> None:
+        """combine of chunks whose results have all been computed."""
+        for given, receipt, output in zip(pairs, receipts, outputs, strict=True):
+            self.combine(given, weights, receipt, output)
 
     def exchange(
         self, dispatch: tuple[Tensor, Receipt], combine: tuple[Tensor, Tensor, Receipt]
@@ -183,8 +199,3 @@ class ExpertGroup:
         self.placement = placement
         if self._tables is not None:
             self._tables.adopt(placement)
-
-
-def chunk_of(num_tokens: int, chunk: int, num_chunks: int) -> slice:
-    """Tokens of one of `num_chunks` nearly equal chunks."""
-    return slice(num_tokens * chunk // num_chunks, num_tokens * (chunk + 1) // num_chunks)

@@ -73,13 +73,16 @@ class CollectiveDispatcher(Dispatcher):
             self._communicator.all_to_all(*out)
         return out.received
 
-    def combine(self, pairs: Tensor, weights: Tensor, receipt: Receipt) -> Tensor:
+    def combine(
+        self, pairs: Tensor, weights: Tensor, receipt: Receipt, output: Tensor | None = None
+    ) -> Tensor:
         """One result per pair back; the sum is made here, in ascending k, wherever it came from."""
         back = _results_back(pairs, receipt)
         self._group.count_sent(back.sent_counts, back.sent)
         with span("collective"):
             self._communicator.all_to_all(*back)
-        return _sum(back.received, weights, receipt)
+        total = _sum(back.received, weights, receipt)
+        return total if output is None else output.copy_(total)
 
     def exchange(
         self, dispatch: tuple[Tensor, Receipt], combine: tuple[Tensor, Tensor, Receipt]

@@ -40,10 +40,9 @@ from lightmoe.moe.dispatch.base import (
     ExpertGroup,
     Receipt,
     TokensPerTile,
-    chunk_of,
 )
 from lightmoe.moe.gate import Choice
-from lightmoe.moe.overlap_model import EXCHANGE_CTAS, MAX_CHUNKS
+from lightmoe.moe.overlap_model import MAX_CHUNKS, Multiprocessors, chunk_of
 from lightmoe.moe.route import route_for
 
 _ALIGNMENT_BYTES = 256
@@ -149,7 +148,8 @@ class ArenaLayout:
 class PeerLane:
     """One rank's end of the arenas: what all of its layers share. Calls come in layer order.
 
-    `exchange_ctas` thread blocks carry rows where experts run beside them, else as many as fit. The
+    `exchange_ctas` thread blocks carry rows where experts run beside them (None: the card's share),
+    else as many as fit. The
     streams are those of a lane that it is `like`.
     """
 
@@ -162,11 +162,11 @@ class PeerLane:
         dtype: torch.dtype,
         device: torch.device,
         timeout_seconds: float,
-        exchange_ctas: int = EXCHANGE_CTAS,
+        exchange_ctas: int | None = None,
         like: PeerLane | None = None,
     ) -> None:
         self.layout = layout
-        self.exchange_ctas = exchange_ctas
+        self.exchange_ctas = exchange_ctas or multiprocessors_of(device).exchange
         self.rank = rank
         self.memory = memory
         self.stream: torch.cuda.Stream = (
@@ -385,19 +385,19 @@ class PeerLane:
         sent[self.rank] = 0  # what stays does not travel
         return sent
 
-    def combine(self, receipt: PeerReceipt, pairs: Tensor, weights: Tensor, output: Tensor) -> None:
-        """Announce that this rank's results are given, wait for everyone's, and add up its own.
-
-        `pairs` [P, D] are carried to where the experts have not written them: [0, D] if they have.
-        """
+    def give(self, receipt: PeerReceipt, pairs: Tensor) -> None:
+        """Give the results [P, D] of a chunk: [0, D] where the experts have given them already."""
         if pairs.shape[0]:
             assert receipt.output_rows is not None
             most_ctas = receipt.step.combine_ctas
             give(pairs, receipt.output_rows, receipt.groups.offsets[-1:], most_ctas)
-        self._add_up(receipt, weights, output)
 
-    def _add_up(self, receipt: PeerReceipt, weights: Tensor, output: Tensor) -> None:
+    def meet(self) -> None:
+        """Announce that this rank has given its results so far, and wait for everyone's."""
         self._pair_flags.meet()
+
+    def add_up(self, receipt: PeerReceipt, weights: Tensor, output: Tensor) -> None:
+        """Add up the chunk's results of this rank's tokens into output [T of the chunk, D]."""
         layout = self.layout
         receipt.chunk.places.combine(
             output,
@@ -600,13 +600,40 @@ class CopyEngineDispatcher(Dispatcher):
         assert isinstance(receipt, PeerReceipt)
         return receipt.step.pairs
 
-    def combine(self, pairs: Tensor, weights: Tensor, receipt: Receipt) -> Tensor:
+    def combine(
+        self, pairs: Tensor, weights: Tensor, receipt: Receipt, output: Tensor | None = None
+    ) -> Tensor:
         """The sum of each token's results, once all ranks have given theirs."""
-        assert isinstance(receipt, PeerReceipt)
-        num_tokens = receipt.tokens.stop - receipt.tokens.start
-        output = pairs.new_empty(num_tokens, pairs.shape[1])
-        self._lane.combine(receipt, pairs, weights, output)
+        if output is None:
+            num_tokens = receipt.tokens.stop - receipt.tokens.start
+            output = pairs.new_empty(num_tokens, pairs.shape[1])
+        self.combine_all([pairs], weights, [receipt], [output])
         return output
+
+    def combine_all(
+        self,
+        pairs: Sequence[Tensor],
+        weights: Tensor,
+        receipts: Sequence[Receipt],
+        outputs: Sequence[Tensor],
+    ) -> None:
+        """combine of chunks whose results have all been computed: the ranks meet once."""
+        lane = self._lane
+        for given, receipt in zip(pairs, receipts, strict=True):
+            assert isinstance(receipt, PeerReceipt)
+            lane.give(receipt, given)
+        lane.meet()
+        for receipt, output in zip(receipts, outputs, strict=True):
+            assert isinstance(receipt, PeerReceipt)
+            lane.add_up(receipt, weights, output)
+
+
+def multiprocessors_of(device: torch.device) -> Multiprocessors:
+    """What the exchange and the experts have of a card beside each other; of no card, one each."""
+    if device.type != "cuda":
+        return Multiprocessors(1, 1)
+    card = torch.cuda.get_device_properties(device)
+    return Multiprocessors.of(card.multi_processor_count, claims_tiles=card.major >= 9)
 
 
 def view_arena(arena: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

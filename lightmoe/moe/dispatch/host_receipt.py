@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lightmoe.kernels import PairGroups
-from lightmoe.moe.dispatch.base import ExpertGroup, Receipt, chunk_of
+from lightmoe.moe.dispatch.base import ExpertGroup, Receipt
 from lightmoe.moe.dispatch.receipt import without_dropped
+from lightmoe.moe.overlap_model import chunk_of
 from lightmoe.moe.route import pair_ranks
 
 

@@ -11,9 +11,9 @@ from lightmoe.moe.dispatch.base import (
     ExpertGroup,
     Receipt,
     TokensPerTile,
-    chunk_of,
 )
 from lightmoe.moe.gate import Choice, PairSort, SortedPairs
+from lightmoe.moe.overlap_model import chunk_of
 
 
 class LocalDispatcher(Dispatcher):
@@ -68,10 +68,13 @@ class LocalDispatcher(Dispatcher):
         """The chunk itself: every token is a row."""
         return hidden[receipt.tokens]
 
-    def combine(self, pairs: Tensor, weights: Tensor, receipt: Receipt) -> Tensor:
+    def combine(
+        self, pairs: Tensor, weights: Tensor, receipt: Receipt, output: Tensor | None = None
+    ) -> Tensor:
         """The sum in ascending k, weighted unless the experts did that."""
         assert receipt.pair_index is not None, "route gives one"
         unweighted = receipt.pair_weight is not None
-        return kernels.combine(
+        total = kernels.combine(
             pairs, receipt.pair_index, None if unweighted else weights[receipt.tokens]
         )
+        return total if output is None else output.copy_(total)

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightmoe import kernels
-from lightmoe.moe.dispatch.base import ExpertGroup, Receipt, TokensPerTile, chunk_of
+from lightmoe.moe.dispatch.base import ExpertGroup, Receipt, TokensPerTile
+from lightmoe.moe.overlap_model import chunk_of
 from lightmoe.moe.route import split_over_copies
 
 

@@ -70,8 +70,8 @@ class SummingLane(PeerLane):
         if not self._on_card:
             self._weights.copy_(self._arena_weights, non_blocking=True)
 
-    def combine(self, receipt: PeerReceipt, pairs: Tensor, weights: Tensor, output: Tensor) -> None:
-        """Sum what is here for each token, give it, wait for everyone's, and add up its own."""
+    def give(self, receipt: PeerReceipt, pairs: Tensor) -> None:
+        """Sum what is here for each token, and give it."""
         here = receipt.step.pairs
         assert here is not None, "results stay here"
         receipt.chunk.sum(
@@ -80,4 +80,3 @@ class SummingLane(PeerLane):
             block=self.layout.block,
             max_ctas=receipt.step.combine_ctas,
         )
-        self._add_up(receipt, weights, output)

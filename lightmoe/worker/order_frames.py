@@ -115,14 +115,15 @@ def host_tier_of(fields: Any) -> HostTierCounts | None:
     if fields is None:
         return None
     _check(isinstance(fields, tuple) and len(fields) == 5, fields)
-    *numbers, waited_seconds = fields
+    *numbers, num_bytes, waited_seconds = fields
     _check(all(_is_integer(number, 0) for number in numbers), fields)
+    _check(_is_integer(num_bytes, 0, 1 << 63), fields)
     _check(isinstance(waited_seconds, float) and waited_seconds >= 0, waited_seconds)
     return HostTierCounts(*fields)
 
 
-def _is_integer(value: object, lowest: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value < _MAX_INTEGER
+def _is_integer(value: object, lowest: int, end: int = _MAX_INTEGER) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value < end
 
 
 def _check(holds: bool, value: object) -> None:

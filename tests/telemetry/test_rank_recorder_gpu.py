@@ -55,11 +55,11 @@ def test_kernels_beside_copies_between_host_and_device_are_told_apart(tmp_path: 
     torch.matmul(rows, rows)  # what the first one takes is more than the copy
     with recorder.step(0):
         lane.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(lane), span("dispatch", 0, chunk=0):
-            host.copy_(rows, non_blocking=True)
         with span("experts", 0, chunk=0):
             for _ in range(20):
                 torch.matmul(rows, rows)
+        with torch.cuda.stream(lane), span("dispatch", 0, chunk=0):
+            host.copy_(rows, non_blocking=True)
         torch.cuda.synchronize()
     trace = collect(tmp_path, 1, "card")
     copies = [one for one in trace.records if one.role == "communication" and one.kind == "copy"]

@@ -45,7 +45,6 @@ class LayerShape:
         cls, model: ModelConfig, name: str, element_bytes: float, expert_element_bytes: float
     ) -> LayerShape:
         """The layers of a model; attention is the mean of what is dense in a layer."""
-        embeddings = (2 - model.tie_word_embeddings) * model.vocab_size * model.hidden_size
         return cls(
             name=name,
             hidden_size=model.hidden_size,
@@ -54,7 +53,7 @@ class LayerShape:
             num_per_token=model.num_experts_per_tok,
             element_bytes=element_bytes,
             expert_element_bytes=expert_element_bytes,
-            attention_elements=(model.dense_elements - embeddings) // model.num_hidden_layers,
+            attention_elements=model.dense_elements_per_layer,
         )
 
 

@@ -73,6 +73,7 @@ class Decoder:
         self._embedding = parts.read("model.embed_tokens.weight")
         device = self._embedding.device
         self.num_experts_per_token = config.num_experts_per_tok
+        self.dense_elements_per_layer = config.dense_elements_per_layer
         self.load = LoadCounter(len(config.moe_layers), config.num_experts, device)
         self.rotary = Rotary(
             config.rotary_dim, config.rope_theta, max_model_len, device, config.yarn

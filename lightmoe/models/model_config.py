@@ -188,6 +188,13 @@ class ModelConfig:
         return 3 * self.hidden_size * self.moe_intermediate_size
 
     @property
+    def dense_elements_per_layer(self) -> int:
+        """Elements of a layer beside its experts, in the mean."""
+        num_tables = 1 if self.tie_word_embeddings else 2
+        tables = num_tables * self.vocab_size * self.hidden_size
+        return (self.dense_elements - tables) // self.num_hidden_layers
+
+    @property
     def dense_elements(self) -> int:
         """Elements of everything that is not an expert."""
         total = 0

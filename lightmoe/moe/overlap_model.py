@@ -91,7 +91,8 @@ class LayerCosts:
 
     Tokens are those of one rank. `up` and `down` are the experts' products. The gate's cost
     includes the exchange of the choice. `host` is what enqueuing the layer takes, by chunks instead
-    of tokens: the device cannot be faster. `in_turn`: each product has all multiprocessors, else
+    of tokens: the device cannot be faster, but for what it does between two layers, while the host
+    is ahead: `between`. `in_turn`: each product has all multiprocessors, else
     `up` is what it takes beside a `down` of as many tokens. `put_off`: results are added up once
     the last second product has begun.
     """
@@ -102,6 +103,7 @@ class LayerCosts:
     combine: StageCost
     gate: StageCost = StageCost(0.0, 0.0)
     host: StageCost = StageCost(0.0, 0.0)
+    between: StageCost = StageCost(0.0, 0.0)
     in_turn: bool = False
     put_off: bool = False
 
@@ -224,7 +226,7 @@ def pipeline_seconds(costs: LayerCosts, num_tokens: int, num_chunks: int) -> flo
     for chunk, size in enumerate(sizes):
         ready = downs[max(chunk, num_chunks - 2)] if costs.put_off else downs[chunk]
         free = max(free, ready) + costs.combine.seconds(size)
-    return max(free, costs.host.seconds(num_chunks))
+    return max(free, costs.host.seconds(num_chunks) - costs.between.seconds(num_tokens))
 
 
 def _weight(seconds: float) -> float:

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from lightmoe import kernels
 from lightmoe.distributed.peers import gather_bytes
 from lightmoe.models.decoder import Decoder
 from lightmoe.moe.dispatch import ExpertGroup
@@ -24,7 +25,6 @@ from lightmoe.moe.overlap_model import (
     MARGIN,
     LayerCosts,
     Overlap,
-    StageCost,
     choose_chunks,
     fit,
     pipeline_seconds,
@@ -37,7 +37,7 @@ and a step with a prompt on few ranks has less to hide than these times say. Whe
 predicted, mixtral-8x7b on four H200, whole prefill steps took 4 % longer."""
 
 _NUM_SAMPLES = 5
-_HOST_CHUNKS = (1, 4)
+_HOST_CHUNKS, _HOST_WARM_UPS = (1, 4), 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,7 @@ def choose_overlap(
     if max_tokens < 2 * FEWEST_TOKENS:
         return Overlap(), f"no overlap: steps have up to {max_tokens} tokens a rank"
     expert_ctas = multiprocessors_of(lane.rows.device).experts
-    layer = decoder.moe_layers[0]
-    stages = _time_stages(layer, group, lane, max_tokens, expert_ctas)
+    stages = _time_stages(decoder, group, lane, max_tokens, expert_ctas)
     return decide(stages, max_tokens, expert_ctas)
 
 
@@ -106,7 +105,7 @@ def _limit(seconds: float) -> float:
 def _halves_seconds(stages: Stages, num_tokens: int) -> float:
     """Time of a layer in two halves: the longest of what computes, writes and exchanges."""
     costs, half = stages.beside, num_tokens // 2
-    computing = costs.up.seconds(half)
+    computing = costs.up.seconds(half) + (costs.down.seconds(half) if costs.in_turn else 0.0)
     exchanging = (
         costs.gate.seconds(half) + costs.dispatch.seconds(half) + costs.combine.seconds(half)
     )
@@ -121,9 +120,9 @@ def _doublings(largest: int) -> list[int]:
 
 
 def _time_stages(
-    layer: MoELayer, group: ExpertGroup, lane: PeerLane, max_tokens: int, expert_ctas: int
+    decoder: Decoder, group: ExpertGroup, lane: PeerLane, max_tokens: int, expert_ctas: int
 ) -> Stages:
-    sizes = (FEWEST_TOKENS, max_tokens)
+    layer, sizes = decoder.moe_layers[0], (FEWEST_TOKENS, max_tokens)
     before = group.tokens_per_rank
     try:
         alone = [_time(layer, group, lane, size, Overlap()) for size in sizes]
@@ -131,6 +130,7 @@ def _time_stages(
         cut = Overlap(expert_ctas=expert_ctas)
         beside = [_time(layer, group, lane, size, cut) for size in sizes]
         host = [_time_host(layer, group, lane, chunks, cut) for chunks in _HOST_CHUNKS]
+        dense = [_time_dense(decoder, group, lane, size) for size in sizes]
     finally:
         group.in_halves, group.tokens_per_rank = False, before
         lane.count_pairs()
@@ -138,24 +138,27 @@ def _time_stages(
         layer.load.move()
         lane.take_bytes_sent()
     enqueuing = fit(list(zip(_HOST_CHUNKS, host, strict=True)))
-    fitted, cut_in_two = _fit(sizes, alone, enqueuing), _fit(sizes, beside, enqueuing)
-    put_off = layer.dispatcher.combines_here
-    chunked = replace(
-        cut_in_two,
-        combine=fitted.combine if put_off else cut_in_two.combine,
-        in_turn=not layer.experts.waits_for_links,
-        put_off=put_off,
+    # The other half is left to the host, which enqueues that, too.
+    between = fit([(size, taken / 2) for size, taken in zip(sizes, dense, strict=True)])
+    fitted, cut_in_two = (
+        replace(
+            _fit(sizes, times),
+            host=enqueuing,
+            between=between,
+            in_turn=not layer.experts.waits_for_links,
+        )
+        for times in (alone, beside)
     )
-    return Stages(fitted, cut_in_two, chunked)
+    put_off = layer.dispatcher.combines_here
+    combine = fitted.combine if put_off else cut_in_two.combine
+    return Stages(fitted, cut_in_two, replace(cut_in_two, combine=combine, put_off=put_off))
 
 
-def _fit(
-    sizes: Sequence[int], times: Sequence[Sequence[float]], enqueuing: StageCost
-) -> LayerCosts:
+def _fit(sizes: Sequence[int], times: Sequence[Sequence[float]]) -> LayerCosts:
     gate, dispatch, up, down, combine = (
         fit(list(zip(sizes, stage, strict=True))) for stage in zip(*times, strict=True)
     )
-    return LayerCosts(dispatch, up, down, combine, gate, enqueuing)
+    return LayerCosts(dispatch, up, down, combine, gate)
 
 
 def _time(
@@ -178,7 +181,7 @@ def _time_host(
     """Seconds that enqueuing a layer in so many chunks takes: the slowest rank's."""
     hidden = _any_hidden(group, lane, FEWEST_TOKENS)
     samples = []
-    for _ in range(_NUM_SAMPLES + 1):
+    for _ in range(_HOST_WARM_UPS + _NUM_SAMPLES):
         torch.cuda.synchronize(hidden.device)
         started = time.perf_counter()
         layer.dispatcher.publish(hidden)
@@ -187,6 +190,22 @@ def _time_host(
         run_layer(layer.dispatcher, layer.experts, hidden, choice.weights, receipts, None, overlap)
         samples.append(time.perf_counter() - started)
         lane.check()
+    return _slowest(group, [statistics.median(samples[_HOST_WARM_UPS:])])[0]
+
+
+def _time_dense(decoder: Decoder, group: ExpertGroup, lane: PeerLane, num_tokens: int) -> float:
+    """Seconds of one product as large as a layer's dense weights: the slowest rank's."""
+    hidden = _any_hidden(group, lane, num_tokens)
+    width = hidden.shape[1]
+    weight = hidden.new_zeros(decoder.dense_elements_per_layer // width // 8 * 8, width)
+    samples = []
+    for _ in range(_NUM_SAMPLES + 1):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        kernels.matmul(hidden, weight)
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end) / 1e3)
     return _slowest(group, [statistics.median(samples[1:])])[0]
 
 

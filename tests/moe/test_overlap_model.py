@@ -25,7 +25,7 @@ from lightmoe.moe.overlap_model import (
 
 costs = st.builds(
     LayerCosts,
-    *[st.builds(StageCost, st.floats(0, 1e-3), st.floats(0, 1e-6)) for _ in range(6)],
+    *[st.builds(StageCost, st.floats(0, 1e-3), st.floats(0, 1e-6)) for _ in range(7)],
     st.booleans(),
     st.booleans(),
 )
@@ -60,7 +60,8 @@ def makespan_of_tasks(layer: LayerCosts, num_tokens: int, num_chunks: int) -> fl
                     seconds *= UP_SHARE / (up_share(index - 1, num_chunks) if index else 1)
                 start = max([free[queue], *(done[one] for one in need)])
                 done[tasks.pop(0)] = free[queue] = start + seconds
-    return max(*done.values(), layer.host.seconds(num_chunks))
+    enqueuing = layer.host.seconds(num_chunks) - layer.between.seconds(num_tokens)
+    return max(*done.values(), enqueuing)
 
 
 @given(costs, st.integers(1, 4096), st.integers(1, 8))

@@ -15,6 +15,8 @@ from torch import Tensor
 from lightmoe.moe.placement import Placement
 from lightmoe.moe.route import Nearness
 
+_RING_BUFFERS, _RING_NUMBERS = 8, 4096
+
 Copies = tuple[tuple[int, ...], ...]
 """copies[expert]: the ranks that hold it, home first, then ascending."""
 
@@ -46,6 +48,7 @@ class PlacementTables:
         self.num_held = [self._count_held(layer) for layer in range(num_layers)]
         slots = np.ascontiguousarray(placement.slot_table[:, :, rank])
         self.slots = torch.from_numpy(slots).to(device, copy=True)
+        self._staging = _Staging() if device.type == "cuda" else None
 
     def _row(self, layer: int, expert: int) -> list[int]:
         ranks = self.copies[layer][expert]
@@ -81,9 +84,36 @@ class PlacementTables:
         self.slots[layer].copy_(self._send(torch.tensor(slots, dtype=torch.int32)))
 
     def _send(self, values: Tensor) -> Tensor:
-        if not self.slots.is_cuda:
+        if self._staging is None:
             return values
-        return values.pin_memory().to(self.slots.device, non_blocking=True)
+        return self._staging.send(values, self.slots.device)
+
+
+class _Staging:
+    """Pinned memory for numbers on their way to a card, in turn.
+
+    To pin more of it between two steps may stop the device for a hundred milliseconds.
+    """
+
+    def __init__(self) -> None:
+        shape = (_RING_BUFFERS, _RING_NUMBERS)
+        self._buffers = torch.empty(shape, dtype=torch.int64, pin_memory=True)
+        self._sent = [torch.cuda.Event() for _ in range(_RING_BUFFERS)]
+        self._turn = 0
+
+    def send(self, values: Tensor, device: torch.device) -> Tensor:
+        """These, on the device, behind what its current stream has; the host goes on at once."""
+        buffer, sent = self._buffers[self._turn], self._sent[self._turn]
+        num_bytes = values.numel() * values.element_size()
+        if num_bytes > buffer.numel() * buffer.element_size():
+            return values.to(device)
+        self._turn = (self._turn + 1) % _RING_BUFFERS
+        sent.synchronize()
+        staged = buffer.view(torch.uint8)[:num_bytes].view(values.dtype).view(values.shape)
+        staged.copy_(values)
+        there = staged.to(device, non_blocking=True)
+        sent.record()
+        return there
 
 
 def _changed(before: Placement, after: Placement) -> list[tuple[int, int]]:

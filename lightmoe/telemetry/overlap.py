@@ -72,9 +72,7 @@ def step_activities(trace: Trace) -> list[StepActivity]:
 
 def _activity(rank: int, step: int, records: Sequence[Record], *, on_device: bool) -> StepActivity:
     (whole, *_) = [record for record in records if record.kind == "span" and record.name == "step"]
-    worked = [record for record in records if (record.kind != "span") == on_device]
-    if on_device:
-        worked = list(_in_turn(worked))
+    worked = worked_records(records, on_device=on_device)
     moves = [record for record in worked if record.role == "communication"]
     return StepActivity(
         rank=rank,
@@ -90,6 +88,12 @@ def _activity(rank: int, step: int, records: Sequence[Record], *, on_device: boo
         combine=_times(one for one in moves if one.stage in ("combine", "exchange")),
         experts=_times(one for one in worked if "experts" in (one.stage, one.name)),
     )
+
+
+def worked_records(records: Sequence[Record], *, on_device: bool) -> list[Record]:
+    """The records of one rank that say when it worked: kernels and copies, or the host's spans."""
+    worked = [record for record in records if (record.kind != "span") == on_device]
+    return list(_in_turn(worked)) if on_device else worked
 
 
 def _in_turn(kernels: Iterable[Record]) -> Iterator[Record]:

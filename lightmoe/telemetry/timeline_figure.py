@@ -1,13 +1,13 @@
 """The picture of a trace: what every rank computes and moves in two layers of one step.
 
-A rank has a row of compute and below it one of communication, coloured by stage. Communication
-that no compute hides is hatched. Two traces, before and after, share one time axis.
+A rank has a row of compute and below it one of communication, coloured by stage; two stages that
+compute at once share the row. Communication that no compute hides is hatched. Two traces, before
+and after, share one time axis.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from lightmoe.telemetry.intervals import intersect, subtract, union
-from lightmoe.telemetry.overlap import StepActivity, overlap_of, step_activities
-from lightmoe.telemetry.records import STAGES, Record, Trace
+from lightmoe.telemetry.records import STAGES, Trace
+from lightmoe.telemetry.timeline_panel import Bars, Panel, panel_of
 
 INK = "#1b2330"
 QUIET = "#66707f"
@@ -38,41 +38,13 @@ COLOURS = {
     "": "#c9cdd4",
 }
 """By stage; what belongs to none, such as norms, is grey."""
-_NUM_LAYERS = 2
 _ROW_INCHES = 0.46
 _COMPUTE, _COMMUNICATION = (0.06, 0.5), (0.6, 0.32)
 """Top and height of the two rows, in parts of a rank's."""
-
-Bars = dict[str, np.ndarray]
-"""Intervals by stage."""
-
-
-@dataclass(frozen=True, slots=True)
-class RankRow:
-    """What is drawn for one rank: intervals of the window, in ns."""
-
-    rank: int
-    compute: Bars
-    communication: Bars
-    exposed: np.ndarray
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """One trace's part of the picture. `layers` are (begin in ns, number)."""
-
-    title: str
-    start_ns: int
-    end_ns: int
-    rows: list[RankRow]
-    layers: list[tuple[int, int]]
-    exposed_share: float
-    source: str
-
-    @property
-    def length_ns(self) -> int:
-        """Of the window."""
-        return self.end_ns - self.start_ns
+_LEFT, _RIGHT, _TOP, _GAP, _BOTTOM, _WIDTH = 0.75, 1.15, 1.0, 0.62, 0.88, 11.0
+"""Margins around and between the panels and the figure's width, in inches."""
+_LABEL_INCHES = 0.7
+"""Room that the name of a layer takes, with some air."""
 
 
 def save_figure(path: Path, trace: Trace, before: Trace | None = None) -> None:
@@ -82,95 +54,22 @@ def save_figure(path: Path, trace: Trace, before: Trace | None = None) -> None:
         draw_timeline([panel_of(one) for one in traces]).savefig(path, format="png")
 
 
-def panel_of(trace: Trace) -> Panel:
-    """The middle step's middle layers, of every rank. Raises UsageError without a step."""
-    activities = step_activities(trace)
-    numbers = sorted({one.step for one in activities})
-    step = numbers[len(numbers) // 2]
-    of_step = [one for one in activities if one.step == step]
-    records = [one for one in trace.records if one.step == step]
-    layers = _layers(records)
-    if layers:
-        start, end = layers[0][0], _end(records, layers)
-    else:
-        start, end = min(one.start_ns for one in of_step), max(one.end_ns for one in of_step)
-    window = np.array([[start, end]], dtype=np.int64)
-    return Panel(
-        title=trace.title,
-        start_ns=start,
-        end_ns=end,
-        rows=[_row(activity, trace, window) for activity in of_step],
-        layers=layers,
-        exposed_share=overlap_of(trace)["exposed_share"],
-        source=trace.source,
-    )
-
-
-def _layers(records: Sequence[Record]) -> list[tuple[int, int]]:
-    """The middle layers and when the first rank begins each; empty where none is known."""
-    begins: dict[int, int] = {}
-    for one in records:
-        if one.layer is not None and one.name != "step":
-            begins[one.layer] = min(one.start_ns, begins.get(one.layer, one.start_ns))
-    numbers = sorted(begins)
-    first = max(0, (len(numbers) - _NUM_LAYERS) // 2)
-    return [(begins[number], number) for number in numbers[first : first + _NUM_LAYERS]]
-
-
-def _end(records: Sequence[Record], layers: Sequence[tuple[int, int]]) -> int:
-    shown = {number for _, number in layers}
-    return max(one.end_ns for one in records if one.layer in shown)
-
-
-def _row(activity: StepActivity, trace: Trace, window: np.ndarray) -> RankRow:
-    records = trace.steps[activity.rank, activity.step]
-    on_device = trace.source == "kernels"
-    worked = [one for one in records if (one.kind != "span") == on_device]
-    moves = [one for one in worked if one.role == "communication"]
-    computes = [one for one in worked if one.role == "compute"]
-    return RankRow(
-        rank=activity.rank,
-        compute=_bars(computes, window, activity.compute, innermost=not on_device),
-        communication=_bars(moves, window, activity.communication, innermost=False),
-        exposed=intersect(activity.exposed, window),
-    )
-
-
-def _bars(
-    records: Sequence[Record], window: np.ndarray, allowed: np.ndarray, *, innermost: bool
-) -> Bars:
-    """Intervals by stage, within the window. With `innermost` the shorter span stands on top."""
-    found: dict[str, list[tuple[int, int]]] = {}
-    for one in records:
-        name = one.name if innermost else one.stage
-        found.setdefault(name if name in COLOURS else "", []).append((one.start_ns, one.end_ns))
-    bars = {stage: intersect(union(pairs), allowed) for stage, pairs in found.items()}
-    if innermost:
-        known = union(
-            (begin, end) for stage, part in bars.items() if stage for begin, end in part.tolist()
-        )
-        bars[""] = subtract(bars.get("", union(())), known)
-    return {stage: intersect(part, window) for stage, part in bars.items()}
-
-
 def draw_timeline(panels: Sequence[Panel]) -> Figure:
     """The figure, not yet written anywhere; the last panel is the one that counts."""
-    left, right, top, gap, bottom = 0.75, 1.15, 1.0, 0.62, 0.88
     heights = [_ROW_INCHES * len(panel.rows) for panel in panels]
-    width = 11.0
-    height = top + sum(heights) + gap * (len(panels) - 1) + bottom
-    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
+    height = _TOP + sum(heights) + _GAP * (len(panels) - 1) + _BOTTOM
+    left, width = _LEFT / _WIDTH, 1 - (_LEFT + _RIGHT) / _WIDTH
+    figure = Figure(figsize=(_WIDTH, height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
     most_ns = max(panel.length_ns for panel in panels)
-    upper = height - top
+    upper = height - _TOP
     names = ("before", "after") if len(panels) > 1 else ("",)
     for panel, inches, name in zip(panels, heights, names, strict=True):
-        box = (left / width, (upper - inches) / height, 1 - (left + right) / width, inches / height)
-        axes = figure.add_axes(box)
+        axes = figure.add_axes((left, (upper - inches) / height, width, inches / height))
         _draw_panel(axes, panel, most_ns, name, is_last=panel is panels[-1])
-        upper -= inches + gap
-    _titles(figure, panels, left / width, height)
-    _legend(figure, panels, left / width, 0.14 / height)
+        upper -= inches + _GAP
+    _titles(figure, panels, left, height)
+    _legend(figure, panels, left, 0.14 / height)
     return figure
 
 
@@ -181,12 +80,12 @@ def _draw_panel(axes: Axes, panel: Panel, most_ns: int, name: str, *, is_last: b
         _draw_bars(axes, row.compute, panel.start_ns, place, _COMPUTE)
         _draw_bars(axes, row.communication, panel.start_ns, place, _COMMUNICATION)
         _hatch(axes, row.exposed, panel.start_ns, place)
-    for start, number in panel.layers:
+    for start, _ in panel.layers:
         at = (start - panel.start_ns) / 1e6
         axes.axvline(at, color=INK, linewidth=0.6, alpha=0.5, zorder=4)
-        axes.annotate(
-            f"layer {number}", (at, 0), (3, 2), textcoords="offset points", fontsize=8, color=QUIET
-        )
+    for start, text in layer_labels(panel.layers, most_ns):
+        at = (start - panel.start_ns) / 1e6
+        axes.annotate(text, (at, 0), (3, 2), textcoords="offset points", fontsize=8, color=QUIET)
     rows = (("compute", _COMPUTE), ("communication", _COMMUNICATION))
     for text, (begin, size) in rows if name != "after" else ():
         axes.annotate(
@@ -212,13 +111,31 @@ def _draw_panel(axes: Axes, panel: Panel, most_ns: int, name: str, *, is_last: b
         )  # fmt: skip
 
 
+def layer_labels(layers: Sequence[tuple[int, int]], axis_ns: int) -> list[tuple[int, str]]:
+    """Where in ns each name of a layer begins: one name for layers too near for one each."""
+    least_ns = axis_ns * _LABEL_INCHES / (_WIDTH - _LEFT - _RIGHT)
+    groups: list[tuple[int, list[int]]] = []
+    for start, number in layers:
+        if groups and start - groups[-1][0] < least_ns:
+            groups[-1][1].append(number)
+        else:
+            groups.append((start, [number]))
+    return [
+        (start, f"layer{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}")
+        for start, numbers in groups
+    ]
+
+
 def _draw_bars(axes: Axes, bars: Bars, start_ns: int, place: int, row: tuple[float, float]) -> None:
-    for stage, intervals in bars.items():
-        if len(intervals):
-            axes.broken_barh(
-                _spans(intervals, start_ns), (place + row[0], row[1]),
-                facecolors=COLOURS[stage], linewidth=0, zorder=2,
-            )  # fmt: skip
+    begin, size = place + row[0], row[1]
+    drawn = union(())
+    for stage in (stage for stage in COLOURS if stage in bars):
+        alone, beside = subtract(bars[stage], drawn), intersect(bars[stage], drawn)
+        # What computes beside another stage gets the lower half of the row.
+        for intervals, box in ((alone, (begin, size)), (beside, (begin + size / 2, size / 2))):
+            spans = _spans(intervals, start_ns)
+            axes.broken_barh(spans, box, facecolors=COLOURS[stage], linewidth=0, zorder=2)
+        drawn = union([*drawn.tolist(), *bars[stage].tolist()])
 
 
 def _hatch(axes: Axes, exposed: np.ndarray, start_ns: int, place: int) -> None:

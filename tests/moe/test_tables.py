@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from lightmoe.core import SlotChange
 from lightmoe.errors import PlacementError
 from lightmoe.moe.dispatch import ExpertGroup
 from lightmoe.moe.placement import Placement
-from lightmoe.moe.tables import PlacementTables
+from lightmoe.moe.tables import PlacementTables, _Staging
 from tests.moe.cases import placement_of, random_copies
 
 CPU = torch.device("cpu")
@@ -87,3 +89,29 @@ def test_what_would_lose_an_expert_is_refused(
 ) -> None:
     with pytest.raises(PlacementError, match=message):
         placement_of([[[0], [1]]], 2).changed(changes, epoch)
+
+
+def test_staged_numbers_wait_for_those_that_had_their_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And what is too large for it goes its own way."""
+    events: list[mock.Mock] = []
+
+    def new_event() -> mock.Mock:
+        events.append(mock.Mock())
+        return events[-1]
+
+    monkeypatch.setattr(torch.cuda, "Event", new_event)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, pin_memory: empty(shape, dtype=dtype))
+    staging, cpu = _Staging(), torch.device("cpu")
+
+    for number in range(2 * len(events) + 1):
+        values = torch.arange(12, dtype=torch.int32).view(3, 4) + number
+        assert torch.equal(staging.send(values, cpu), values)
+        one = events[number % len(events)]
+        assert [call[0] for call in one.method_calls[-2:]] == ["synchronize", "record"]
+
+    assert all(one.record.call_count >= 2 for one in events)
+    large = torch.arange(1 << 13)
+    assert torch.equal(staging.send(large, cpu), large)

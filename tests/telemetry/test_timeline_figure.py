@@ -7,52 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import RendererAgg
+from matplotlib.colors import to_hex
 
 from lightmoe.errors import UsageError
-from lightmoe.telemetry.intervals import length
-from lightmoe.telemetry.records import Trace
-from lightmoe.telemetry.timeline_figure import draw_timeline, panel_of, save_figure
+from lightmoe.telemetry.timeline_figure import (
+    COLOURS,
+    draw_timeline,
+    layer_labels,
+    save_figure,
+)
+from lightmoe.telemetry.timeline_panel import panel_of
 from lightmoe.telemetry.trace_folder import save_timeline
-from tests.telemetry.traces import BASE_NS, gpu_trace, record
-
-
-def test_a_panel_shows_two_layers_of_the_middle_step_of_every_rank() -> None:
-    panel = panel_of(gpu_trace(num_ranks=3, num_chunks=2, num_steps=3))
-    # A layer takes 550 us, so the second step begins at 1650; rank 2 is 20 us late.
-    assert (panel.start_ns - BASE_NS, panel.length_ns) == (1650_000, 1120_000)
-    assert panel.layers == [(BASE_NS + 1650_000, 0), (BASE_NS + 2200_000, 1)]
-    assert [row.rank for row in panel.rows] == [0, 1, 2]
-    for row in panel.rows[:1]:
-        assert length(row.compute["attention"]) == 220_000
-        assert length(row.compute["experts"]) == 600_000
-        assert length(row.communication["dispatch"]) == 200_000
-        assert length(row.communication["combine"]) == 400_000
-        assert length(row.exposed) == 300_000
-
-
-def test_on_the_cpu_a_stage_is_what_is_left_of_it_without_waiting() -> None:
-    spans = (
-        record("step", 0, 100, kind="span"),
-        record("pipeline", 5, 95, kind="span", layer=0, stage="step"),
-        record("dispatch", 10, 50, kind="span", layer=0, stage="pipeline"),
-        record("collective", 20, 50, kind="span", layer=0, stage="dispatch"),
-        record("experts", 50, 90, kind="span", layer=0, stage="pipeline"),
-    )
-    panel = panel_of(Trace(spans))
-    (row,) = panel.rows
-    assert {stage: length(part) for stage, part in row.compute.items()} == {
-        "": 10_000,
-        "dispatch": 10_000,
-        "experts": 40_000,
-    }
-    assert length(row.communication["dispatch"]) == length(row.exposed) == 30_000
-    assert (panel.source, panel.exposed_share) == ("spans", pytest.approx(0.3))
-
-
-def test_without_layers_the_whole_step_is_shown() -> None:
-    kernels = (record("step", 0, 100, kind="span"), record("exchange_pull", 10, 140))
-    panel = panel_of(Trace(kernels))
-    assert (panel.length_ns, panel.layers) == (140_000, [])
+from tests.telemetry.traces import gpu_trace, in_halves
 
 
 def test_two_traces_share_one_axis_and_one_headline() -> None:
@@ -66,6 +33,48 @@ def test_two_traces_share_one_axis_and_one_headline() -> None:
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels[0] == "attention"
     assert labels[-1] == "exposed: the rank only waits"
+
+
+@pytest.mark.parametrize(
+    ("second_ns", "labels"),
+    [
+        (50_000_000, [(0, "layer 23"), (50_000_000, "layer 24")]),
+        (5_000_000, [(0, "layers 23, 24")]),
+    ],
+)
+def test_layers_too_near_for_two_names_have_one(
+    second_ns: int, labels: list[tuple[int, str]]
+) -> None:
+    assert layer_labels([(0, 23), (second_ns, 24)], axis_ns=100_000_000) == labels
+
+
+def test_names_of_layers_do_not_overlap_in_the_figure() -> None:
+    panels = [panel_of(in_halves()), panel_of(gpu_trace())]
+    panels[1].layers.append((panels[1].layers[-1][0] + 1000, 9))
+    figure = draw_timeline(panels)
+    renderer = RendererAgg(*figure.bbox.size, figure.dpi)
+    for axes in figure.axes:
+        names = [text for text in axes.texts if text.get_text().startswith("layer")]
+        boxes = [text.get_window_extent(renderer) for text in names]
+        assert len(boxes) == 2
+        assert boxes[0].x1 < boxes[1].x0
+
+
+def test_stages_that_compute_at_once_share_the_row() -> None:
+    (axes,) = draw_timeline([panel_of(in_halves())]).axes
+    green, orange = (
+        {
+            (round(low, 2), round(high, 2))
+            for bars in axes.collections
+            if to_hex(bars.get_facecolor()[0]) == COLOURS[stage]
+            for path in bars.get_paths()
+            for low, high in [(path.vertices[:, 1].min(), path.vertices[:, 1].max())]
+        }
+        for stage in ("attention", "experts")
+    )
+    whole, lower = (0.06, 0.56), (0.31, 0.56)
+    assert green == {whole}
+    assert orange == {whole, lower}
 
 
 def test_the_file_is_a_png_that_grows_with_the_ranks(tmp_path: Path) -> None:

@@ -74,3 +74,26 @@ def _moe(
             )
         clock += combine
     return clock
+
+
+def in_halves(num_ranks: int = 1, num_layers: int = 6) -> Trace:
+    """A step of two halves: a layer is 200 us of attention, then 400 of experts.
+
+    The second half's experts run 100 us on beside the next layer's attention, and are combined
+    there. What the halves share of a layer does not say which one it is.
+    """
+    records: list[Record] = []
+    for rank in range(num_ranks):
+        for layer in range(num_layers):
+            begin = 10 * rank + 600 * layer
+            own: dict[str, Any] = {"rank": rank}
+            records += [
+                record("flash", begin, begin + 200, stage="attention", layer=layer, **own),
+                record("grouped_gemm", begin + 200, begin + 600, stage="experts", **own),
+                record("grouped_gemm", begin + 500, begin + 700, stage="experts", track=8, **own),
+                record(
+                    "exchange_combine", begin + 700, begin + 800, stage="combine", track=9, **own
+                ),
+            ]
+        records.append(record("step", 0, 50, kind="span", rank=rank))
+    return Trace(tuple(records), "made up, in halves")

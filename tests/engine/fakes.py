@@ -33,7 +33,7 @@ from lightmoe.moe.placement import initial_placement
 BLOCK_SIZE = 4
 VOCAB_SIZE = 50
 EOS = 7
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 120
 UNWRITTEN = -1
 
 

@@ -35,6 +35,7 @@ class InFlight:
     `done` is when the exchange stream has got to: rows that arrived, later results that are summed.
     """
 
+    layer: int
     dispatcher: Dispatcher
     hidden: Tensor
     choice: Choice
@@ -47,15 +48,17 @@ class InFlight:
     result: Tensor | None = None
 
 
-def begin(dispatcher: Dispatcher, hidden: Tensor, choice: Choice, half: int) -> InFlight:
+def begin(
+    layer: int, dispatcher: Dispatcher, hidden: Tensor, choice: Choice, half: int
+) -> InFlight:
     """Send for the rows of this half: hidden [T, D] and what its tokens chose."""
     with _following(dispatcher.stream, hidden):
-        with span("route"):
+        with span("route", layer):
             (receipt,) = dispatcher.route(choice, 1)
-        with span("dispatch"):
+        with span("dispatch", layer):
             rows = dispatcher.dispatch(hidden, receipt)
         done = _mark(dispatcher)
-    return InFlight(dispatcher, hidden, choice, receipt, half, rows, done)
+    return InFlight(layer, dispatcher, hidden, choice, receipt, half, rows, done)
 
 
 def compute(flight: InFlight, experts: Experts, overlap: Overlap) -> None:
@@ -63,16 +66,16 @@ def compute(flight: InFlight, experts: Experts, overlap: Overlap) -> None:
     dispatcher, receipt = flight.dispatcher, flight.receipt
     cut = dispatcher.beside is not None and flight.hidden.is_cuda and experts.waits_for_links
     _join(flight)
-    with span("experts"):
+    with span("experts", flight.layer):
         # The first half's finds the device to itself, the second's runs beside the first's down.
         up_ctas = overlap.up_ctas if cut and flight.half else overlap.expert_ctas
         flight.inner = experts.up(flight.rows, receipt, max_ctas=up_ctas)
     beside = dispatcher.beside if cut else None
-    with _following(beside, flight.hidden), span("experts"):
+    with _following(beside, flight.hidden), span("experts", flight.layer):
         down_ctas = overlap.down_ctas if cut else overlap.expert_ctas
         output = dispatcher.output_of(receipt)
         flight.pairs = experts.down(flight.inner, receipt, output=output, max_ctas=down_ctas)
-        with _following(dispatcher.stream, flight.hidden), span("combine"):
+        with _following(dispatcher.stream, flight.hidden), span("combine", flight.layer):
             flight.result = dispatcher.combine(flight.pairs, flight.choice.weights, receipt)
             flight.done = _mark(dispatcher)
 

@@ -64,7 +64,7 @@ class MoELayer:
             choice = self.gate(hidden, dispatcher.pair_sort)
         self._count(choice)
         choice = self._within_capacity(hidden, choice, half)
-        return halves.begin(dispatcher, hidden, choice, half)
+        return halves.begin(self.layer, dispatcher, hidden, choice, half)
 
     def compute(self, flight: InFlight) -> None:
         """The experts' part for one half."""

@@ -73,8 +73,8 @@ def _overlapped(
     """
     compute, exchange = torch.cuda.current_stream(hidden.device), dispatcher.stream
     assert exchange is not None
-    cut = dispatcher.beside is not None and experts.waits_for_links
-    beside = dispatcher.beside if cut and dispatcher.beside is not None else compute
+    beside = (dispatcher.beside if experts.waits_for_links else None) or compute
+    cut = beside is not compute
     alone, num_chunks, last = overlap.expert_ctas, len(receipts), len(receipts) - 1
     at_once, put_off = dispatcher.exchanges_at_once, dispatcher.combines_here
     arriving: list[tuple[Tensor, torch.cuda.Event]] = []

@@ -25,23 +25,23 @@ Transport = Literal["gloo", "nccl", "copy_engine"]
 Road = Literal["", "ipc", "host"]
 """Where copy_engine's ranks meet: on the cards, or in the host's memory."""
 
-START_SECONDS: dict[Transport, float] = {"gloo": 50e-6, "nccl": 20e-6, "copy_engine": 25e-6}
+START_SECONDS: dict[Transport, float] = {"gloo": 50e-6, "nccl": 100e-6, "copy_engine": 25e-6}
 """Of one exchange beside its bytes. copy_engine: its kernels address the other card, so no copy's
-latency comes on top; three of them are the 70 to 90 us by which a layer of a decode step is longer
-than its experts (benchmarks/results/decode-step-ipc-4x-nvidia-h200-2026-11-21.json)."""
+latency comes on top; three of them take 30 to 47 us in a decode step's graph over NVLink, and are
+not measured over PCIe. nccl: what is left of 1.5 ms for few tokens
+(benchmarks/results/exchange-4x-nvidia-h200-2026-11-21.json)."""
 
-HOST_SECONDS = 400e-6
-"""What nccl pays a layer because the host reads the counts and writes the receipts. torch's own
-all-to-alls, which wait likewise, make a decode step's layer 0.6 ms longer than its experts, three
-exchanges included (the same file, `naive_ms`)."""
+HOST_SECONDS = 1.2e-3
+"""What nccl pays a layer because the host reads the counts and writes the receipts (`route_ms` of
+the same file, on a host whose cores do nothing else)."""
 
 NCCL_HOST_SHARE = 0.62
 """What NCCL reaches of the copies' bandwidth through the host's memory: 7.5 to 7.8 GB/s of 12 to
 12.5 between two RTX 2080 Ti (the sources in topology/10x2080ti-pcie.toml)."""
 
-HIDDEN_SHARE = 0.25
-"""What copy_engine hides of a larger step's exchange behind the experts, where that pays: 2.8 of
-10.9 ms (benchmarks/results/moe-layer-ep-host-4x-nvidia-h200-2026-11-21.json). nccl waits for the
+HIDDEN_SHARE = 0.45
+"""What copy_engine hides of a larger step's exchange behind the experts, where that pays: 4.4 of
+9.6 ms (benchmarks/results/moe-layer-ep-host-4x-nvidia-h200-2026-11-21.json). nccl waits for the
 host and hides nothing."""
 
 REQUEST_TOKENS = 1024, 256

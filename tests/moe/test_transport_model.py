@@ -137,7 +137,7 @@ def test_a_slow_way_between_cards_loses_to_the_host() -> None:
 
 @pytest.mark.parametrize(
     ("decode_tokens", "taken", "said"),
-    [(16, HOST, True), (96, NCCL, True), (256, NCCL, False)],
+    [(16, HOST, True), (192, NCCL, True), (512, NCCL, False)],
     ids=["answers weigh more", "prompts weigh more", "both alike"],
 )
 def test_where_phases_differ_the_longer_one_decides(
@@ -146,6 +146,7 @@ def test_where_phases_differ_the_longer_one_decides(
     """Prompts go faster by nccl here, small steps by copy_engine; the more sequences share a step,
     the less it weighs in a request."""
     monkeypatch.setattr(transport_model, "NCCL_HOST_SHARE", 1.0)
+    monkeypatch.setattr(transport_model, "HIDDEN_SHARE", 0.25)
     choice = choose_transport(
         box(), ways_on(box()), MIXTRAL, prefill_tokens=8192, decode_tokens=decode_tokens
     )

@@ -16,6 +16,7 @@ from lightmoe.distributed.peers import cuda_runtime, gather_bytes, open_handle
 from lightmoe.errors import MachineError
 
 _ANY_WAY = 4  # cudaMemcpyDefault: the addresses say which way
+_TOUCHED_BYTES = 16
 _OFFSET = struct.Struct("<Q")
 
 
@@ -46,6 +47,10 @@ class PeerCopies:
         with torch.cuda.device(memory.device):
             self._addresses = self._open(control, memory.data_ptr())
             self._stream = torch.cuda.Stream(memory.device)
+            # The first copy from a card may have to set much up: not beside a step.
+            touched = torch.empty(_TOUCHED_BYTES, dtype=torch.uint8, device=memory.device)
+            others = [rank for rank in range(control.num_ranks) if rank != control.rank]
+            self.start([(rank, 0, touched) for rank in others]).result()
 
     def _open(self, control: Communicator, mine: int) -> list[int]:
         """Where each rank's memory is here. CUDA shares whole allocations, torch gives parts."""

@@ -49,6 +49,7 @@ class PlacementTables:
         slots = np.ascontiguousarray(placement.slot_table[:, :, rank])
         self.slots = torch.from_numpy(slots).to(device, copy=True)
         self._staging = _Staging() if device.type == "cuda" else None
+        self._put([(0, 0)])  # loads the kernels of `adopt`, which may stop a device
 
     def _row(self, layer: int, expert: int) -> list[int]:
         ranks = self.copies[layer][expert]
@@ -63,16 +64,21 @@ class PlacementTables:
         changed = _changed(before, placement)
         if not changed:
             return
-        entries = []
         for layer, expert in changed:
             copies = list(self.copies[layer])
             copies[expert] = placement.ranks_of(layer, expert)
             self.copies[layer] = tuple(copies)
+        for layer in {layer for layer, _ in changed}:
+            self.num_held[layer] = self._count_held(layer)
+        self._put(changed)
+
+    def _put(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Write what the placement says of these (layer, expert)."""
+        placement, entries = self.placement, []
+        for layer, expert in pairs:
             slot = int(placement.slot_table[layer, expert, self._rank])
             place = layer * placement.num_experts + expert
             entries.append([place, slot, *self._row(layer, expert)])
-        for layer in {layer for layer, _ in changed}:
-            self.num_held[layer] = self._count_held(layer)
         numbers = self._send(torch.tensor(entries))  # in one copy: a step waits behind this
         places = numbers[:, 0]
         self.slots.view(-1).index_copy_(0, places, numbers[:, 1].int())

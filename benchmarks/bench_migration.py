@@ -45,8 +45,9 @@ from lightmoe.models.find import find_model
 from lightmoe.moe.placement import Placement
 
 PROMPT_TOKENS = 16
-SKEW = 0.5
-"""Of the loads that goals are planned for: a mild one leaves the real load nearly level."""
+SKEW = 1.0
+"""Of the loads that goals are planned for. A mild one leaves the real load nearly level, but where
+there are many experts its goals soon agree, and nothing moves."""
 
 
 class Restless:
@@ -60,6 +61,7 @@ class Restless:
     ) -> None:
         self.is_moving = False
         self.bytes_per_step = 0
+        self.skew = SKEW
         self.steps: list[tuple[float, int]] = []  # end in seconds, (token, expert) pairs
         self.moved_bytes = 0
         self.num_moved = 0
@@ -102,7 +104,7 @@ class Restless:
         return self._migration
 
     def _plan(self, placement: Placement, bytes_per_step: int) -> Migration:
-        share = 1.0 / np.arange(1, placement.num_experts + 1) ** SKEW
+        share = 1.0 / np.arange(1, placement.num_experts + 1) ** self.skew
         load = 1e6 * np.stack(
             [self._random.permutation(share) for _ in range(placement.num_layers)]
         )
@@ -210,6 +212,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="of each kind")
     parser.add_argument("--tokens", type=int, default=250, help="of an answer: steps of a turn")
     parser.add_argument("--bytes-per-step", type=int, nargs="+", default=[4 << 20])
+    parser.add_argument("--skew", type=float, default=SKEW, help="of the loads planned for")
     parser.add_argument("--commit", help="the commit that is measured, where git does not know")
     options = parser.parse_args()
     batch = options.batch or options.gpus
@@ -228,6 +231,7 @@ def main() -> None:
     )
     started = start_workers(config, lambda stage, done, total: None)
     balancer = Restless(started.group.ranks, started.group.placement, config.num_free_slots)
+    balancer.skew = options.skew
     limits = SchedulerConfig(
         max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
     )
@@ -276,6 +280,7 @@ def measure(
     row = {
         "batch": len(workload.prompts),
         "bytes_per_step": bytes_per_step,
+        "skew": balancer.skew,
         **samples[False].row("quiet"),
         **samples[True].row("moving"),
         "moved_bytes": balancer.moved_bytes,

@@ -282,6 +282,8 @@ class Engine:
             asked = self._closing or (self.draining and isinstance(error, RankError))
             if not asked:
                 self.failure = _as_own_error(error)
+            elif not self._closing:
+                logger.info("a rank ended while the server was stopping: %s", error)
         if self.failure is not None:
             self._fail_all(self.failure)
             self._on_failure(self.failure)

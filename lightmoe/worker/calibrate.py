@@ -95,7 +95,8 @@ def decide(stages: Stages, max_tokens: int, expert_ctas: int) -> tuple[Overlap, 
         reason = f"chunks ({times}, {_ms(choice.predicted_seconds)} in {choice.num_chunks} chunks)"
         costs = stages.chunked
         return Overlap(num_chunks=None, costs=costs, expert_ctas=expert_ctas), reason
-    return Overlap(), f"no overlap ({times}; it would not save {MARGIN:.0%})"
+    why = f"halves would not save {HALVES_MARGIN:.0%}, nor chunks {MARGIN:.0%}"
+    return Overlap(), f"no overlap ({times}; {why})"
 
 
 def _limit(seconds: float) -> float:

@@ -8,9 +8,9 @@
 namespace light {
 namespace {
 
-constexpr int kThreads = 512, kFlagThreads = 64, kBulkThreads = 32 * ring::kWarps;
+constexpr int kThreads = 512, kFlagThreads = 64;
 constexpr int kBulkCopiesFrom = 90;
-constexpr int kFewestBulkCtas = 16;  // with fewer, more warps of the plain kernels are faster
+constexpr int kFewestPulledTokens = 4096;  // in bulk: with fewer, the plain kernel's warps are faster
 constexpr int kFewestBulkTokens = 1024;  // of a sum: fewer are cut into parts of rows
 
 // Kernels that wait for other ranks, or that others wait for, do not start ahead of their turn:
@@ -107,7 +107,7 @@ light_status launch_pull(long long num_tokens, int max_ctas, const light_exchang
   const char *const name = "exchange_pull";
   bool can = false;
   LIGHT_TRY(copies_in_bulk(name, &can));
-  if (!can || !args.on_cards || num_tokens / kBulkThreads < kFewestBulkCtas) {
+  if (!can || !args.on_cards || num_tokens < kFewestPulledTokens) {
     return launch_tokens(name, num_tokens, max_ctas, args, stream);
   }
   return launch_bulk("exchange_pull_bulk", ring::kWarps, ring::kBytes, (num_tokens + 3) / 4,

@@ -56,11 +56,11 @@ def grouped_gemm(
     `max_ctas` bounds the multiprocessors that are used, None: all; where it is given, or pairs are
     many, those that other kernels hold at first take fewer tiles. With `groups_settled` the tables
     of `groups` are older than the kernel in front of this one, and weights are fetched while that
-    still runs: neither may be what it writes. `expected` pairs and groups choose the tile where those of
-    `groups` are only bounds. `output` is written and returned where given. `output_rows` int64 [P]
-    are addresses in memory that the device reaches: row p goes to that of pair p instead, and what
-    is returned has no rows, [0, N]. UsageError names the tensor that does not fit. The rest is
-    reference.grouped_gemm's.
+    still runs: neither may be what it writes. `expected` pairs and groups choose the tile where
+    those of `groups` are only bounds. `output` is written and returned where given. `output_rows`
+    int64 [P] are addresses in memory that the device reaches: row p goes to that of pair p instead,
+    and what is returned has no rows, [0, N]. UsageError names the tensor that does not fit. The
+    rest is reference.grouped_gemm's.
     """
     return GroupedProduct(weights, swiglu=swiglu, deterministic=deterministic)(
         rows,

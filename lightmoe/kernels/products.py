@@ -30,6 +30,7 @@ from lightmoe.kernels.tiles import (
     choose_tile,
     permutes_rows,
 )
+from lightmoe.kernels.workspace import workspace_of
 
 GroupFields = tuple[int, int, int, int, int, int]
 """light_pair_groups: the addresses of its four tables, G and P."""
@@ -150,6 +151,12 @@ class Scratch:
 
 
 _NO_SPLITS = {"split_sums": 0, "split_tickets": 0, "depth_splits": 1}
+
+
+def make_room_on_stream(device: torch.device) -> None:
+    """What kernels keep for a stream, for the current one: before a graph's capture on it."""
+    workspace_of(device)
+    unit_ticket(device)
 
 
 def unit_ticket(device: torch.device) -> Tensor:

@@ -11,9 +11,6 @@ from lightmoe import kernels
 from lightmoe.moe.dispatch.base import Receipt
 from lightmoe.quant.packing import ExpertLayout
 
-_OPERATIONS_PER_BYTE = 2200
-"""What a card computes while its links take a byte: 989 TFLOP/s and 450 GB/s of H100 and H200."""
-
 
 class SlotPool:
     """All slots of a rank, all layers, in one allocation [S, elements of one expert]."""
@@ -41,16 +38,15 @@ class Experts:
         self._up = product(pool.gate_up, swiglu=True)
         self._down = product(pool.down)
 
-    @property
-    def waits_for_links(self) -> bool:
+    def outpace(self, operations_per_byte: float) -> bool:
         """Whether results are made faster than they leave: 2 D F operations make 2 D bytes."""
-        return self._pool.down.shape[2] < _OPERATIONS_PER_BYTE
+        return bool(self._pool.down.shape[2] < operations_per_byte)
 
     def tokens_per_tile(self, num_pairs: int, num_groups: int) -> int:
         """How many pairs a tile of both products has."""
         return kernels.tokens_per_tile(
             self._pool.gate_up,
-            num_pairs,
+            max(1, num_pairs),  # the first of many chunks may have no tokens
             num_groups,
             swiglu=True,
             deterministic=self._deterministic,

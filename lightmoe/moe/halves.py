@@ -64,7 +64,8 @@ def begin(
 def compute(flight: InFlight, experts: Experts, overlap: Overlap) -> None:
     """The experts' products of this half, and their way back."""
     dispatcher, receipt = flight.dispatcher, flight.receipt
-    cut = dispatcher.beside is not None and flight.hidden.is_cuda and experts.waits_for_links
+    waits = experts.outpace(dispatcher.operations_per_byte)
+    cut = dispatcher.beside is not None and flight.hidden.is_cuda and waits
     _join(flight)
     with span("experts", flight.layer):
         # The first half's finds the device to itself, the second's runs beside the first's down.

@@ -123,7 +123,7 @@ class ChunkChoice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlap:
-    """How a layer overlaps: how many chunks, and what the exchange leaves of the device.
+    """How a layer overlaps: how many chunks, and how much of the device products have then.
 
     | field | meaning |
     |---|---|

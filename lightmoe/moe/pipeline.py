@@ -7,7 +7,7 @@
 Where the second product writes its results to other ranks it waits for links, and the first product
 of the next chunk runs beside it. Without a stream beside both follow each other.
 Where results are added up on the rank's own card that takes the products' time wherever it runs:
-it is put off until the last second product, which waits for links and has nothing beside it.
+it is put off until the last second product, which has nothing else beside it.
 The calls are those of a layer without overlap, so `num_chunks` never changes a bit of the answer.
 """
 
@@ -38,8 +38,7 @@ def run_layer(
 ) -> Tensor:
     """Everything after the route: [T, D] -> [T, D].
 
-    Where there are several chunks on a GPU, `overlap` bounds the experts' multiprocessors: the
-    exchange has the others.
+    Where there are several chunks on a GPU, `overlap` bounds the experts' multiprocessors.
     """
     if len(receipts) > 1 and dispatcher.stream is not None:
         return _overlapped(dispatcher, experts, hidden, weights, receipts, shared_expert, overlap)
@@ -73,7 +72,8 @@ def _overlapped(
     """
     compute, exchange = torch.cuda.current_stream(hidden.device), dispatcher.stream
     assert exchange is not None
-    beside = (dispatcher.beside if experts.waits_for_links else None) or compute
+    waits = experts.outpace(dispatcher.operations_per_byte)
+    beside = (dispatcher.beside if waits else None) or compute
     cut = beside is not compute
     alone, num_chunks, last = overlap.expert_ctas, len(receipts), len(receipts) - 1
     at_once, put_off = dispatcher.exchanges_at_once, dispatcher.combines_here
@@ -123,9 +123,10 @@ def _overlapped(
         down_ctas = alone
         if cut:
             follow(beside, compute)
-            up_ctas, down_ctas = overlap.ctas_beside(index, num_chunks)
-            if index == last:  # where sums were put off they have the others
-                down_ctas = overlap.up_ctas if put_off else alone
+            if index < last:
+                up_ctas, down_ctas = overlap.ctas_beside(index, num_chunks)
+            elif put_off:
+                down_ctas = overlap.up_ctas  # as much as an up: the sums have the others
         with on_stream(beside, compute), span("experts", chunk=index):
             given = dispatcher.output_of(receipt)
             down = experts.down(inners[index], receipt, output=given, max_ctas=down_ctas)

@@ -70,7 +70,9 @@ class PlacementTables:
             self.copies[layer] = tuple(copies)
         for layer in {layer for layer, _ in changed}:
             self.num_held[layer] = self._count_held(layer)
-        self._put(changed)
+        at_once = _RING_NUMBERS // (2 + placement.num_ranks)
+        for first in range(0, len(changed), at_once):
+            self._put(changed[first : first + at_once])
 
     def _put(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Write what the placement says of these (layer, expert)."""
@@ -111,8 +113,7 @@ class _Staging:
         """These, on the device, behind what its current stream has; the host goes on at once."""
         buffer, sent = self._buffers[self._turn], self._sent[self._turn]
         num_bytes = values.numel() * values.element_size()
-        if num_bytes > buffer.numel() * buffer.element_size():
-            return values.to(device)
+        assert num_bytes <= buffer.numel() * buffer.element_size(), "the caller sends parts"
         self._turn = (self._turn + 1) % _RING_BUFFERS
         sent.synchronize()
         staged = buffer.view(torch.uint8)[:num_bytes].view(values.dtype).view(values.shape)

@@ -146,7 +146,7 @@ def _time_stages(
             _fit(sizes, times),
             host=enqueuing,
             between=between,
-            in_turn=not layer.experts.waits_for_links,
+            in_turn=not layer.experts.outpace(layer.dispatcher.operations_per_byte),
         )
         for times in (alone, beside)
     )
@@ -234,7 +234,7 @@ def _sample(
 ) -> list[float]:
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(6)]
     up_ctas, down_ctas = overlap.up_ctas, overlap.down_ctas
-    if not layer.experts.waits_for_links:
+    if not layer.experts.outpace(dispatcher.operations_per_byte):
         up_ctas = down_ctas = overlap.expert_ctas
 
     marks[0].record()

@@ -20,6 +20,7 @@ from torch import Tensor
 from lightmoe.core import UNKNOWN_TOKEN, SequenceStep
 from lightmoe.kernels.checks import is_native
 from lightmoe.kernels.exchange import COUNTED_PAIRS
+from lightmoe.kernels.products import make_room_on_stream
 from lightmoe.layers.attention import AttentionStep, KVCache
 from lightmoe.layers.batched_attention import AttendTogether
 from lightmoe.models.decoder import Decoder
@@ -68,6 +69,7 @@ class DecodeGraphs:
         self._cache = cache
         self._recorded: OrderedDict[_Key, _Recorded] = OrderedDict()
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         per_token = decoder.num_experts_per_token
         self.max_batch = min(MAX_BATCH, COUNTED_PAIRS // per_token)
 
@@ -145,8 +147,11 @@ class DecodeGraphs:
             forgotten, _ = self._recorded.popitem(last=False)
             logger.info("forgot the graph of %s, the one that was not used longest", forgotten)
         static, graph = numbers.clone(), torch.cuda.CUDAGraph()
+        stream = self._capture_stream(numbers.device)
         # Other threads of this process may talk to the driver meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+        ):
             logits = self._forward(static, batch, num_blocks)
         self._pool = self._pool or graph.pool()
         logger.info(
@@ -156,6 +161,15 @@ class DecodeGraphs:
             time.perf_counter() - started,
         )
         return _Recorded(graph, static, logits)
+
+    def _capture_stream(self, device: torch.device) -> torch.cuda.Stream:
+        """One for all graphs, for which the kernels' own memory is there: none zeroes it again."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+            with torch.cuda.stream(self._stream):
+                make_room_on_stream(device)
+            self._stream.synchronize()
+        return self._stream
 
     def _forward(self, numbers: Tensor, batch: int, num_blocks: int) -> Tensor:
         decoder, group, cache = self._decoder, self._group, self._cache

@@ -106,7 +106,7 @@ def test_chunks_in_any_mode_give_the_bits_of_chunks_in_turn(
     ):
         chunk = lambda *arguments, place=place: number(id(arguments[place]))  # noqa: E731
         setattr(owner, name, noted(calls, name, getattr(owner, name), chunk))
-    with mock.patch.object(Experts, "waits_for_links", waits):
+    with mock.patch.object(Experts, "outpace", return_value=waits):
         assert torch.equal(run(), expected)
 
     for name in ("dispatch", "up", "down", "combine"):

@@ -75,7 +75,8 @@ class Dispatcher(Protocol):
     is where a GPU's exchange may run beside the experts, `beside` where their second product may
     run beside what comes next: where it waits for links. With `exchanges_at_once` dispatch and
     combine must not be under way at once, but as one `exchange`. `combines_here`: combine reads
-    nothing but this rank's own card.
+    nothing but this rank's own card. `operations_per_byte` is what a card computes while a byte of
+    results leaves it; 0 where the second product keeps them.
     """
 
     pair_sort: PairSort | None = None
@@ -83,6 +84,7 @@ class Dispatcher(Protocol):
     beside: torch.cuda.Stream | None = None
     exchanges_at_once: bool = False
     combines_here: bool = False
+    operations_per_byte: float = 0.0
 
     def most_tokens(self, hidden: Tensor) -> int:
         """Tokens of the fullest rank in this step, [T, D] being this one's."""

@@ -16,7 +16,7 @@ import pytest
 
 from lightmoe import cli, launch
 from lightmoe.errors import MachineError
-from tests.test_end_to_end import READY, Server, launched, wait_until_gone
+from tests.test_end_to_end import READY, Server, begin_long_answer, launched, wait_until_gone
 
 
 def test_a_port_is_held_before_anything_is_served() -> None:
@@ -101,14 +101,7 @@ def test_a_signal_that_ray_gets_too_stops_everything_in_silence(
         everything = server.descendants()
         with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
             if is_busy:
-                stream = client.completions.create(
-                    model="mixtral-lite",
-                    prompt="def f():",
-                    max_tokens=2000,
-                    stream=True,
-                    extra_body={"ignore_eos": True},
-                )
-                next(iter(stream))
+                _answer = begin_long_answer(client)
             send(server)
             assert server.process.wait(timeout=5) == 0
         assert wait_until_gone(everything, 2) == []

@@ -169,20 +169,26 @@ def test_generate_and_chat_against_the_server(server: Server) -> None:
     assert chat.stdout.startswith("> ")
 
 
+def begin_long_answer(client: openai.OpenAI) -> openai.Stream:
+    """A stream of 2,000 tokens whose first has come; keep it, or its request ends."""
+    stream = client.completions.create(
+        model="mixtral-lite",
+        prompt="def f():",
+        max_tokens=2000,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(stream))
+    return stream
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_everything_within_five_seconds(number: signal.Signals) -> None:
     with launched("--gpus", "3") as server:
         everything = server.descendants()
         assert sum("RankActor" in " ".join(process.cmdline()) for process in everything) == 3
         with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
-            stream = client.completions.create(
-                model="mixtral-lite",
-                prompt="def f():",
-                max_tokens=2000,
-                stream=True,
-                extra_body={"ignore_eos": True},
-            )
-            next(iter(stream))
+            _answer = begin_long_answer(client)
             server.process.send_signal(number)
             assert server.process.wait(timeout=5) == 0
         assert wait_until_gone(everything, 2) == []

@@ -153,8 +153,7 @@ class PeerLane:
     """One rank's end of the arenas: what all of its layers share. Calls come in layer order.
 
     `exchange_ctas` thread blocks carry rows where experts run beside them (None: the card's share),
-    else as many as fit. The
-    streams are those of a lane that it is `like`.
+    else as many as fit. The streams are those of a lane that it is `like`.
     """
 
     def __init__(
@@ -328,10 +327,9 @@ class PeerLane:
     ) -> list[ChunkOfStep]:
         """What all layers of a step share, made once: every layer of it asks for the same."""
         step = (tokens_per_rank, num_chunks, num_rows, in_halves)
-        key = (*step, self.exchange_ctas)
-        if self._step is None or self._step[0] != key:
+        if self._step is None or self._step[0] != step:
             chunks = [self._chunk_of_step(chunk, *step) for chunk in range(num_chunks)]
-            self._step = (key, chunks)
+            self._step = (step, chunks)
         return self._step[1]
 
     def _chunk_of_step(

@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lightmoe.core import Batch, RankInfo, StepResult
 from lightmoe.errors import LightMoEError, RankError
+from lightmoe.machine import settle_objects
 from lightmoe.worker import channel, ray_cluster
 from lightmoe.worker.config import BLOCK_SIZE, WorkerConfig
 from lightmoe.worker.ray_cluster import RayConfig
@@ -55,7 +56,9 @@ class RankActor:
     def load(self, rendezvous_port: int, host: str, rendezvous_host: str) -> RankInfo:
         """Join the group and load the weights."""
         self._worker.join(rendezvous_port, host, rendezvous_host)
-        return self._worker.load()
+        info = self._worker.load()
+        settle_objects()
+        return info
 
     def run_steps(self, port: int, token: bytes, host: str) -> None:
         """Serve steps until the driver closes the channel, or is gone."""

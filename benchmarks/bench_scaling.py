@@ -79,7 +79,7 @@ def bench_shape(
         over(own, transport)
     hidden = own.hidden(num_tokens)
     naive_ms = None if options["skip_naive"] else time_naive(own, hidden, NaiveLayer)
-    compute_ms, comm_ms = alone(own, hidden)
+    compute_ms, comm_ms = (times["median"] for times in alone(own, hidden, own.measure))
     limit_ms = max(compute_ms, comm_ms)
     for chunks in options["chunks"] if transport == "copy_engine" else [1]:
         layer = own.layer(own.overlap(chunks))

@@ -17,13 +17,16 @@ struct OutputArgs {
 };
 
 // Where a pair's 16-bit row of the output begins: other ranks' memory, too.
-__device__ __forceinline__ unsigned short *output_row(const OutputArgs &args, int pair) {
+__device__ __forceinline__ unsigned long long output_address(const OutputArgs &args, int pair) {
   if (args.output_rows != nullptr) {
-    const auto *addresses = reinterpret_cast<const unsigned long long *>(args.output_rows);
-    return reinterpret_cast<unsigned short *>(__ldg(addresses + pair));
+    return __ldg(reinterpret_cast<const unsigned long long *>(args.output_rows) + pair);
   }
-  return static_cast<unsigned short *>(args.output) +
-         static_cast<long long>(pair) * args.num_features;
+  return reinterpret_cast<unsigned long long>(args.output) +
+         static_cast<unsigned long long>(pair) * args.num_features * 2;
+}
+
+__device__ __forceinline__ unsigned short *output_row(const OutputArgs &args, int pair) {
+  return reinterpret_cast<unsigned short *>(output_address(args, pair));
 }
 
 // x / (1 + exp(-x)), in fp32, within some units of the last place.

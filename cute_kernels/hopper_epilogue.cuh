@@ -17,6 +17,10 @@ class HopperEpilogue {
   static constexpr int kTurnTokens = kFit < Tile::kLimit ? kFit : Tile::kLimit;
   static constexpr int kTurns = (Tile::kLimit + kTurnTokens - 1) / kTurnTokens;
   static constexpr int kSums = Tile::kLimit / 2;
+  static constexpr int kStepTokens = 128 / kRowChunks;
+  static constexpr int kSteps = (kTurnTokens + kStepTokens - 1) / kStepTokens;
+  static constexpr int kWarpTokens = 32 / kRowChunks;  // of a step
+  static_assert(kSteps * kWarpTokens <= 32, "a lane finds where a row of its warp's goes");
   static_assert(kTurnTokens > 0, "eight tokens at least fit into the warpgroup's weights");
 
  public:
@@ -34,24 +38,30 @@ class HopperEpilogue {
       return;
     }
     const unsigned region = stage + row_group_ * kRegionBytes;
-    if (args_.output_rows != nullptr && thread_ * 16 < unit.num_tokens) {
-      prefetch(args_.output_rows + unit.first_pair + thread_ * 16);  // a line of addresses
-    }
+    unsigned long long row = find_row(unit, 0);
     sync_warpgroup(barrier_);
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
       if (turn * kTurnTokens >= unit.num_tokens) break;
       // Whoever is behind still reads the other half.
       const unsigned half = region + turn % 2 * (kTurnTokens * kRowBytes);
+      const unsigned long long next_row = find_row(unit, turn + 1);
       put(half, turn, unit, sums);
       sync_warpgroup(barrier_);
-      store(half, turn, unit);
+      store(half, turn, unit, row);
+      row = next_row;
     }
   }
 
  private:
-  static __device__ __forceinline__ void prefetch(const void *from) {
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(from));
+  // Where a row goes that this warp stores in a turn, one a lane: to ask memory row by row as they
+  // are stored took longer than to send them to other ranks.
+  __device__ __forceinline__ unsigned long long find_row(const HopperUnit &unit, int turn) const {
+    const int lane = thread_ % 32, warp = thread_ / 32;
+    const int token = turn * kTurnTokens + lane / kWarpTokens * kStepTokens + warp * kWarpTokens +
+                      lane % kWarpTokens;
+    const bool stores = lane < kSteps * kWarpTokens && token < unit.num_tokens;
+    return stores ? output_address(args_, unit.first_pair + token) : 0;
   }
 
   __device__ __forceinline__ void weigh(const HopperUnit &unit, Sums sums) const {
@@ -99,16 +109,13 @@ class HopperEpilogue {
     }
   }
 
-  __device__ __forceinline__ void store(unsigned region, int turn, const HopperUnit &unit) const {
-    constexpr int kStepTokens = 128 / kRowChunks;
-    constexpr int kSteps = (kTurnTokens + kStepTokens - 1) / kStepTokens;
+  __device__ __forceinline__ void store(unsigned region, int turn, const HopperUnit &unit,
+                                        unsigned long long lane_row) const {
     constexpr int kAtOnce = kSteps < 2 ? kSteps : 2;
     const int chunk = thread_ % kRowChunks, first = thread_ / kRowChunks;
     const int feature = unit.weight_block * Tile::kFeatures +
                         row_group_ * (Tile::kBlocks * Tile::kBlockFeatures) + chunk * kChunk;
-    if (feature >= args_.num_features) return;
     const int left = min(unit.num_tokens - turn * kTurnTokens, kTurnTokens);
-    const int first_pair = unit.first_pair + turn * kTurnTokens + first;
 #pragma unroll
     for (int step = 0; step < kSteps; step += kAtOnce) {
       uint4 values[kAtOnce];
@@ -118,9 +125,10 @@ class HopperEpilogue {
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const int behind = (step + i) * kStepTokens;
-        if (first + behind < left) {
-          *reinterpret_cast<uint4 *>(output_row(args_, first_pair + behind) + feature) = values[i];
+        const unsigned long long row = __shfl_sync(
+            ~0u, lane_row, (step + i) * kWarpTokens + thread_ % 32 / kRowChunks);
+        if (first + (step + i) * kStepTokens < left && feature < args_.num_features) {
+          *reinterpret_cast<uint4 *>(row + feature * 2) = values[i];
         }
       }
     }

@@ -257,7 +257,7 @@ def pairs_of_ranks(own: RankLayer, call: Callable[[], object]) -> np.ndarray:
 def take_pairs(own: RankLayer) -> int:
     """Pairs computed here since last asked."""
     if own.lane is not None:
-        return int(own.lane.move_pairs()[0])
+        return int(own.lane.pair_counter.move()[0])
     count = int(own.group.layer_pairs[0])
     own.group.layer_pairs[:] = 0
     return count

@@ -20,11 +20,13 @@ from torch import Tensor
 from lightmoe.distributed.communicator import Communicator, Rendezvous
 from lightmoe.distributed.peers import PeerMemory, Road, gather_bytes
 from lightmoe.moe.dispatch import ExpertGroup, make_dispatcher
-from lightmoe.moe.dispatch.copy_engine import ArenaLayout, PeerLane, multiprocessors_of
+from lightmoe.moe.dispatch.arena import ArenaLayout
+from lightmoe.moe.dispatch.peer_lane import PeerLane
 from lightmoe.moe.experts import Experts, SlotPool
 from lightmoe.moe.gate import Gate
 from lightmoe.moe.layer import MoELayer
 from lightmoe.moe.load import LoadCounter
+from lightmoe.moe.multiprocessors import multiprocessors_of
 from lightmoe.moe.overlap_model import Overlap
 from lightmoe.moe.placement import Placement, initial_placement
 from lightmoe.quant.packing import ExpertLayout
@@ -189,7 +191,7 @@ class RankLayer:
     def barrier(self) -> None:
         """Wait for all ranks and their cards."""
         if self.lane is not None:
-            self.lane.count_pairs()
+            self.lane.pair_counter.count()
             torch.cuda.synchronize(self.device)
         gather_bytes(self.communicator, b"x")
 

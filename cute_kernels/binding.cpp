@@ -53,7 +53,8 @@ int grouped_gemm(const py::tuple &groups, const py::tuple &tile, int dtype, Addr
                  Address pair_row, Address weights, long long slot_bytes, Address pair_weight,
                  Address output, Address output_rows, int depth, int num_features, bool swiglu, bool output_float32,
                  int max_ctas, Address split_sums, Address split_tickets, int depth_splits,
-                 bool groups_settled, Address unit_ticket, Address stream) {
+                 bool groups_settled, Address unit_ticket, int other_ctas, bool helps,
+                 Address stream) {
   const light_grouped_gemm_args args{read_groups(groups),
                                      pointer<const void>(rows),
                                      pointer<const int>(pair_row),
@@ -70,7 +71,9 @@ int grouped_gemm(const py::tuple &groups, const py::tuple &tile, int dtype, Addr
                                      pointer<int>(split_tickets),
                                      depth_splits,
                                      groups_settled,
-                                     pointer<unsigned>(unit_ticket)};
+                                     pointer<unsigned>(unit_ticket),
+                                     other_ctas,
+                                     helps};
   const light_tile instance = read_tile(tile);
   const py::gil_scoped_release released;  // the first launch of an instance loads it
   return light_grouped_gemm(&args, &instance, static_cast<light_dtype>(dtype), max_ctas,
@@ -422,19 +425,29 @@ int exchange_count(const py::tuple &chunk, Address rows_sent, Address results_se
   return light_exchange_count(&args, pointer<void>(stream));
 }
 
-// tables: source_offsets, copy_ranks, segments, group_offsets, tile_offsets, tile_groups,
-// rank_pairs, active_experts, nearness
-int route_split(const py::tuple &tables, int source_stride, int num_ranks, int num_experts,
-                int num_copies, int rank, int route, int sweeps, int tokens_per_tile,
-                int most_tiles, int num_levels, Address stream) {
-  const auto table = [&](int i) { return pointer<int>(tables[i].cast<Address>()); };
-  const light_route_split_args args{table(0),        table(1),      table(2),   table(3),
-                                    table(4),        table(5),      table(6),   table(7),
-                                    table(8),        source_stride, num_ranks,  num_experts,
-                                    num_copies,      rank,          route,      sweeps,
-                                    tokens_per_tile, most_tiles,    num_levels};
+// Of each chunk source_offsets, segments, group_offsets, tile_offsets, tile_groups, rank_pairs, then
+// route, tokens_per_tile and most_tiles. Of all copy_ranks and nearness.
+int route_split(const py::sequence &chunks, Address copy_ranks, Address nearness,
+                int source_stride, int num_ranks, int num_experts, int num_copies, int rank,
+                int sweeps, int num_levels, Address stream) {
+  light_route_split_chunks args;
+  const auto count = std::min<std::size_t>(chunks.size(), LIGHT_MAX_CHUNKS + 1);
+  for (std::size_t i = 0; i < std::min<std::size_t>(count, LIGHT_MAX_CHUNKS); ++i) {
+    const auto chunk = chunks[i].cast<py::tuple>();
+    const auto table = [&](int k) { return pointer<int>(chunk[k].cast<Address>()); };
+    const auto number = [&](int k) { return chunk[k].cast<int>(); };
+    args.chunk[i] = {table(0),    pointer<const int>(copy_ranks),
+                     table(1),    table(2),
+                     table(3),    table(4),
+                     table(5),    nullptr,
+                     pointer<const int>(nearness),
+                     source_stride, num_ranks, num_experts, num_copies, rank,
+                     number(6),   sweeps,
+                     number(7),   number(8),
+                     num_levels};
+  }
   const py::gil_scoped_release released;
-  return light_route_split(&args, pointer<void>(stream));
+  return light_route_split(&args, static_cast<int>(count), pointer<void>(stream));
 }
 
 // sizes: the integers of light_paged_attention_args from num_tokens to max_queries, in their order
@@ -528,7 +541,7 @@ PYBIND11_MODULE(_light_ops, module) {
          arg("pair_weight"), arg("output"), arg("output_rows") = 0, arg("depth"), arg("num_features"), arg("swiglu"),
          arg("output_float32"), arg("max_ctas"), arg("split_sums") = 0,
          arg("split_tickets") = 0, arg("depth_splits") = 1, arg("groups_settled") = false,
-         arg("unit_ticket") = 0, arg("stream"));
+         arg("unit_ticket") = 0, arg("other_ctas") = 0, arg("helps") = false, arg("stream"));
   define(module, "quant_gemm", &quant_gemm, arg("groups"), arg("tile"), arg("dtype"),
          arg("rows"), arg("pair_row"), arg("weights"), arg("scales"), arg("zeros"),
          arg("slot_bytes"), arg("pair_weight"), arg("output"), arg("output_rows") = 0, arg("depth"),
@@ -587,10 +600,9 @@ PYBIND11_MODULE(_light_ops, module) {
          arg("max_ctas"), arg("stream"));
   define(module, "exchange_count", &exchange_count, arg("chunk"), arg("rows_sent"),
          arg("results_sent"), arg("summed"), arg("stream"));
-  define(module, "route_split", &route_split, arg("tables"), arg("source_stride"),
-         arg("num_ranks"), arg("num_experts"), arg("num_copies"), arg("rank"), arg("route"),
-         arg("sweeps"), arg("tokens_per_tile"), arg("most_tiles"), arg("num_levels"),
-         arg("stream"));
+  define(module, "route_split", &route_split, arg("chunks"), arg("copy_ranks"), arg("nearness"),
+         arg("source_stride"), arg("num_ranks"), arg("num_experts"), arg("num_copies"),
+         arg("rank"), arg("sweeps"), arg("num_levels"), arg("stream"));
   define(module, "paged_attention", &paged_attention, arg("query"), arg("keys"),
          arg("values"), arg("block_tables"), arg("query_starts"), arg("lengths"),
          arg("output"), arg("workspace"), arg("workspace_bytes"), arg("query_stride"),

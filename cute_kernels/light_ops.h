@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define LIGHT_OPS_ABI 5
+#define LIGHT_OPS_ABI 6
 
 #if defined(__GNUC__) && !defined(__CUDACC__)
 #define LIGHT_API __attribute__((visibility("default")))
@@ -69,6 +69,10 @@ typedef struct light_pair_groups {
 // On Hopper a product may read its weights, and its groups' tables where groups_settled, while the
 // kernel in front of it still runs: neither may be what that kernel writes.
 //
+// There two launches may share a product: the second helps, on another stream, with what is left of
+// the tiles when it begins. They differ in `helps`, and each one's max_ctas is the other's
+// other_ctas; their unit_ticket is nobody else's until both have ended.
+//
 // output[p, n] = sum_d rows[pair_row[p], d] * weight[slot of p][n, d]
 // With swiglu != 0 the weight holds F gate rows, then F up rows, and
 // output[p, f] = silu(gate[p, f]) * up[p, f].
@@ -91,6 +95,8 @@ typedef struct light_grouped_gemm_args {
   int groups_settled;        // the groups' tables are older than the kernel in front of this one
   unsigned *unit_ticket;     // zero before the first launch; left zero: on Hopper CTAs then claim
                              // tiles, and one that starts late takes fewer; null: each has its own
+  int other_ctas;            // max_ctas of the launch that shares this product; 0: there is none
+  int helps;                 // this is the second of both
 } light_grouped_gemm_args;
 
 // The same product from weight-only quantised experts, prepacked as lightmoe/quant/fragments.py
@@ -391,6 +397,12 @@ typedef struct light_route_split_args {
   int num_levels;  // at most 3; 0: all ranks are as near
 } light_route_split_args;
 
+// Those of the chunks of one layer, made at once by a CTA each.
+#define LIGHT_MAX_CHUNKS 8
+typedef struct light_route_split_chunks {
+  light_route_split_args chunk[LIGHT_MAX_CHUNKS];
+} light_route_split_chunks;
+
 // Attention of the queries of sequences that each have a KV cache in blocks: position p of sequence b
 // is row p % block_size of block block_tables[b, p / block_size]. Rows query_starts[b] ..
 // query_starts[b + 1] of the step are the sequence's last positions before lengths[b], and each sees
@@ -537,7 +549,9 @@ LIGHT_API light_status light_exchange_combine(const light_exchange_combine_args 
 LIGHT_API light_status light_exchange_count(const light_exchange_count_args *args,
                                             light_stream stream);
 
-LIGHT_API light_status light_route_split(const light_route_split_args *args, light_stream stream);
+// `count` of them that differ in tables and tiles alone.
+LIGHT_API light_status light_route_split(const light_route_split_chunks *args, int count,
+                                         light_stream stream);
 
 // Bytes of workspace; `most_positions` is table_stride * block_size. Needs no zeros.
 LIGHT_API long long light_paged_attention_workspace_bytes(int num_sequences, int num_heads,

@@ -1,5 +1,5 @@
 // The split of every expert's pairs over its copies from the counts of all ranks, and what it means
-// for each rank: one CTA, and the integers of lightmoe/kernels/route_reference.py.
+// for each rank: a CTA for a chunk, and the integers of lightmoe/kernels/route_reference.py.
 //
 //   read    tokens of each expert, and which ranks hold it
 //   pool    experts of the same ranks, in the order of their turns (route_pools.cuh)
@@ -231,21 +231,21 @@ __device__ void split(const light_route_split_args &args) {
 }  // namespace light::route
 
 extern "C" __global__ void __launch_bounds__(light::route::kThreads, 1)
-    route_split_w32(const __grid_constant__ light_route_split_args args) {
-  light::route::split<1, light::route::Nobody>(args);
+    route_split_w32(const __grid_constant__ light_route_split_chunks chunks) {
+  light::route::split<1, light::route::Nobody>(chunks.chunk[blockIdx.x]);
 }
 
 extern "C" __global__ void __launch_bounds__(light::route::kThreads, 1)
-    route_split_w64(const __grid_constant__ light_route_split_args args) {
-  light::route::split<2, light::route::Nobody>(args);
+    route_split_w64(const __grid_constant__ light_route_split_chunks chunks) {
+  light::route::split<2, light::route::Nobody>(chunks.chunk[blockIdx.x]);
 }
 
 extern "C" __global__ void __launch_bounds__(light::route::kThreads, 1)
-    route_split_near_w32(const __grid_constant__ light_route_split_args args) {
-  light::route::split<1, light::route::Neighbours>(args);
+    route_split_near_w32(const __grid_constant__ light_route_split_chunks chunks) {
+  light::route::split<1, light::route::Neighbours>(chunks.chunk[blockIdx.x]);
 }
 
 extern "C" __global__ void __launch_bounds__(light::route::kThreads, 1)
-    route_split_near_w64(const __grid_constant__ light_route_split_args args) {
-  light::route::split<2, light::route::Neighbours>(args);
+    route_split_near_w64(const __grid_constant__ light_route_split_chunks chunks) {
+  light::route::split<2, light::route::Neighbours>(chunks.chunk[blockIdx.x]);
 }

@@ -8,9 +8,6 @@ namespace {
 constexpr int kMostRoute = 3;
 
 light_status check_route(const light_route_split_args *args) {
-  if (args == nullptr) {
-    return fail(LIGHT_BAD_ARGUMENT, "route_split: no arguments");
-  }
   const int num_ranks = args->num_ranks, num_experts = args->num_experts;
   if (num_ranks < 1 || num_ranks > route::kMaxRanks || num_experts < 1 ||
       num_experts > route::kMaxExperts || args->num_copies < 1 || args->num_copies > num_ranks) {
@@ -46,13 +43,30 @@ light_status check_route(const light_route_split_args *args) {
 }  // namespace
 }  // namespace light
 
-light_status light_route_split(const light_route_split_args *args, light_stream stream) {
-  LIGHT_TRY(light::check_route(args));
+light_status light_route_split(const light_route_split_chunks *args, int count,
+                               light_stream stream) {
+  if (args == nullptr || count < 1 || count > LIGHT_MAX_CHUNKS) {
+    return light::fail(LIGHT_BAD_ARGUMENT, "route_split: %d chunks, 1 to %d may be given", count,
+                       LIGHT_MAX_CHUNKS);
+  }
+  const light_route_split_args &first = args->chunk[0];
+  for (int i = 0; i < count; ++i) {
+    const light_route_split_args &chunk = args->chunk[i];
+    LIGHT_TRY(light::check_route(&chunk));
+    if (chunk.num_experts != first.num_experts || chunk.num_ranks != first.num_ranks ||
+        chunk.num_levels != first.num_levels) {
+      return light::fail(LIGHT_BAD_ARGUMENT,
+                         "route_split: chunk %d has %d experts, %d ranks and %d levels, the first"
+                         " %d, %d and %d",
+                         i, chunk.num_experts, chunk.num_ranks, chunk.num_levels,
+                         first.num_experts, first.num_ranks, first.num_levels);
+    }
+  }
   const std::string name =
-      std::string(args->num_levels > 0 ? "route_split_near" : "route_split") +
-      (args->num_ranks <= light::route::kRanksOfOneLane ? "_w32" : "_w64");
-  const light::route::Layout layout(args->num_experts, args->num_ranks);
+      std::string(first.num_levels > 0 ? "route_split_near" : "route_split") +
+      (first.num_ranks <= light::route::kRanksOfOneLane ? "_w32" : "_w64");
+  const light::route::Layout layout(first.num_experts, first.num_ranks);
   const light::Kernel *kernel = nullptr;
   LIGHT_TRY(light::find_kernel("route", name, light::route::kThreads, layout.bytes, &kernel));
-  return light::launch(*kernel, {1}, *args, stream);
+  return light::launch(*kernel, {static_cast<unsigned int>(count)}, *args, stream);
 }

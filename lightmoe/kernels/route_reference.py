@@ -289,6 +289,10 @@ class RouteSplit:
     rank_pairs: Tensor
 
 
+ChunkToSplit = tuple[str, int, int]
+"""Of a chunk its route, the tokens of a tile, and the most pairs that a rank can get."""
+
+
 def route_split(
     source_offsets: Tensor,
     copy_ranks: Tensor,
@@ -325,6 +329,33 @@ def route_split(
         num_pairs=max_pairs,
     )
     return RouteSplit(segments, groups, torch.from_numpy(loads.sum(axis=0)).int())
+
+
+def route_chunks(
+    source_offsets: Tensor,
+    copy_ranks: Tensor,
+    slots: Tensor,
+    chunks: Sequence[ChunkToSplit],
+    *,
+    rank: int,
+    sweeps: int = NUM_SWEEPS,
+    nearness: Tensor | None = None,
+) -> list[RouteSplit]:
+    """route_split of each chunk: source_offsets int32 [C, W, E + 1]."""
+    return [
+        route_split(
+            offsets,
+            copy_ranks,
+            slots,
+            tokens_per_tile,
+            max_pairs,
+            route=route,
+            rank=rank,
+            sweeps=sweeps,
+            nearness=nearness,
+        )
+        for offsets, (route, tokens_per_tile, max_pairs) in zip(source_offsets, chunks, strict=True)
+    ]
 
 
 def share_tokens(counts: np.ndarray, copies: Copies, route: str, sweeps: int) -> Shares:

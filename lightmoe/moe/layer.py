@@ -77,7 +77,7 @@ class MoELayer:
     def __call__(self, hidden: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
         num_chunks = self.overlap.chunks(self.dispatcher.most_tokens(hidden))
-        self.dispatcher.publish(hidden)
+        self.dispatcher.publish(hidden, num_chunks)
         sort = self.dispatcher.pair_sort if num_chunks == 1 else None
         with span("gate", self.layer):
             choice = self.gate(hidden, sort)  # experts [T, K], weights [T, K]

@@ -20,9 +20,6 @@ MARGIN = 0.05
 FEWEST_TOKENS = 256
 """Of the fullest rank; smaller steps are not cut: their stages are launches, and may be padded."""
 
-EXCHANGE_SHARE = 2 / 11
-"""Of the multiprocessors, for an exchange that runs beside the experts: 24 of an H200's 132."""
-
 UP_SHARE = 0.6
 """Of the experts' multiprocessors, for the first product where the second of as many other tokens
 runs beside it: it has two thirds of the arithmetic, and the other writes to other ranks."""
@@ -57,23 +54,6 @@ def _weight_of(chunk: int, num_chunks: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Multiprocessors:
-    """Those of an exchange, and those of the experts beside it."""
-
-    exchange: int
-    experts: int
-
-    @classmethod
-    def of(cls, count: int, *, claims_tiles: bool) -> Multiprocessors:
-        """Of a card that has so many.
-
-        Products that claim their tiles have all: CTAs that the exchange makes late take fewer.
-        """
-        exchange = max(1, round(EXCHANGE_SHARE * count))
-        return cls(exchange, count if claims_tiles else max(1, count - exchange))
-
-
-@dataclass(frozen=True, slots=True)
 class StageCost:
     """One stage: `alpha_seconds` once a chunk, and `seconds_per_token`."""
 
@@ -90,11 +70,12 @@ class LayerCosts:
     """The stages that are cut into chunks, and the gate, which runs for the whole layer first.
 
     Tokens are those of one rank. `up` and `down` are the experts' products. The gate's cost
-    includes the exchange of the choice. `host` is what enqueuing the layer takes, by chunks instead
-    of tokens: the device cannot be faster, but for what it does between two layers, while the host
-    is ahead: `between`. `in_turn`: each product has all multiprocessors, else
-    `up` is what it takes beside a `down` of as many tokens. `put_off`: results are added up once
-    the last second product has begun.
+    includes the exchange of the choice. `upload` is what hidden states take to where others read
+    them: beside the gate and each other's stages, in the same chunks. `host` is what enqueuing the
+    layer takes, by chunks instead of tokens: the device cannot be faster, but for what it does
+    between two layers, while the host is ahead: `between`. `in_turn`: each product has all
+    multiprocessors, else `up` is what it takes beside a `down` of as many tokens. `put_off`:
+    results are added up once the last second product has begun.
     """
 
     dispatch: StageCost
@@ -104,6 +85,7 @@ class LayerCosts:
     gate: StageCost = StageCost(0.0, 0.0)
     host: StageCost = StageCost(0.0, 0.0)
     between: StageCost = StageCost(0.0, 0.0)
+    upload: StageCost = StageCost(0.0, 0.0)
     in_turn: bool = False
     put_off: bool = False
 
@@ -208,12 +190,16 @@ def choose_chunks(costs: LayerCosts, num_tokens: int, max_chunks: int = MAX_CHUN
 def pipeline_seconds(costs: LayerCosts, num_tokens: int, num_chunks: int) -> float:
     """Time of a layer cut into chunks: one stream exchanges, one has the ups, one the downs.
 
-    The exchange brings the rows of all chunks, then their results, each when its down is done.
+    The exchange brings the rows of all chunks, each when it is uploaded, then their results, each
+    when its down is done.
     """
     spans = [chunk_of(num_tokens, chunk, num_chunks) for chunk in range(num_chunks)]
     sizes = [span.stop - span.start for span in spans]
-    begin = costs.gate.seconds(num_tokens)
-    arrived = [begin + seconds for seconds in accumulate(map(costs.dispatch.seconds, sizes))]
+    uploaded = accumulate(map(costs.upload.seconds, sizes))
+    free, arrived = costs.gate.seconds(num_tokens), []
+    for size, there in zip(sizes, uploaded, strict=True):
+        free = max(free, there) + costs.dispatch.seconds(size)
+        arrived.append(free)
     up_free, down_free, downs = 0.0, 0.0, []
     for chunk, size in enumerate(sizes):
         share = UP_SHARE / up_share(chunk - 1, num_chunks) if chunk else UP_SHARE
@@ -222,7 +208,6 @@ def pipeline_seconds(costs: LayerCosts, num_tokens: int, num_chunks: int) -> flo
         up_free += costs.up.seconds(size) * (share if beside else 1.0)
         down_free = max(up_free, down_free) + costs.down.seconds(size)
         downs.append(down_free)
-    free = arrived[-1]
     for chunk, size in enumerate(sizes):
         ready = downs[max(chunk, num_chunks - 2)] if costs.put_off else downs[chunk]
         free = max(free, ready) + costs.combine.seconds(size)

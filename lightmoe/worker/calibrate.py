@@ -17,9 +17,10 @@ import torch
 from lightmoe import kernels
 from lightmoe.distributed.peers import gather_bytes
 from lightmoe.models.decoder import Decoder
-from lightmoe.moe.dispatch import ExpertGroup
-from lightmoe.moe.dispatch.copy_engine import CopyEngineDispatcher, PeerLane, multiprocessors_of
+from lightmoe.moe.dispatch import CopyEngineDispatcher, ExpertGroup
+from lightmoe.moe.dispatch.peer_lane import PeerLane
 from lightmoe.moe.layer import MoELayer
+from lightmoe.moe.multiprocessors import multiprocessors_of
 from lightmoe.moe.overlap_model import (
     FEWEST_TOKENS,
     MARGIN,
@@ -107,9 +108,8 @@ def _halves_seconds(stages: Stages, num_tokens: int) -> float:
     """Time of a layer in two halves: the longest of what computes, writes and exchanges."""
     costs, half = stages.beside, num_tokens // 2
     computing = costs.up.seconds(half) + (costs.down.seconds(half) if costs.in_turn else 0.0)
-    exchanging = (
-        costs.gate.seconds(half) + costs.dispatch.seconds(half) + costs.combine.seconds(half)
-    )
+    gate = max(costs.gate.seconds(half), costs.upload.seconds(half))
+    exchanging = gate + costs.dispatch.seconds(half) + costs.combine.seconds(half)
     return 2 * max(computing, costs.down.seconds(half), exchanging, costs.host.seconds(1))
 
 
@@ -134,8 +134,8 @@ def _time_stages(
         dense = [_time_dense(decoder, group, lane, size) for size in sizes]
     finally:
         group.in_halves, group.tokens_per_rank = False, before
-        lane.count_pairs()
-        lane.move_pairs()  # what was timed was nobody's
+        lane.pair_counter.count()
+        lane.pair_counter.move()  # what was timed was nobody's
         layer.load.move()
         lane.take_bytes_sent()
     enqueuing = fit(list(zip(_HOST_CHUNKS, host, strict=True)))
@@ -156,22 +156,25 @@ def _time_stages(
 
 
 def _fit(sizes: Sequence[int], times: Sequence[Sequence[float]]) -> LayerCosts:
-    gate, dispatch, up, down, combine = (
+    upload, gate, dispatch, up, down, combine = (
         fit(list(zip(sizes, stage, strict=True))) for stage in zip(*times, strict=True)
     )
-    return LayerCosts(dispatch, up, down, combine, gate)
+    return LayerCosts(dispatch, up, down, combine, gate, upload=upload)
 
 
 def _time(
     layer: MoELayer, group: ExpertGroup, lane: PeerLane, num_tokens: int, overlap: Overlap
 ) -> list[float]:
-    """Seconds of gate with the choice's exchange, dispatch, up, down and combine: the slowest's."""
+    """Seconds of upload, gate with the choice's exchange, dispatch, up, down and combine.
+
+    Each is the slowest rank's.
+    """
     dispatcher = layer.dispatcher
     assert isinstance(dispatcher, CopyEngineDispatcher)
     hidden = _any_hidden(group, lane, num_tokens)
     samples = []
     for _ in range(_NUM_SAMPLES + 1):
-        samples.append(_sample(layer, dispatcher, hidden, overlap))
+        samples.append(_sample(layer, dispatcher, lane, hidden, overlap))
         lane.check()
     return _slowest(group, [statistics.median(stage) for stage in zip(*samples[1:], strict=True)])
 
@@ -185,7 +188,7 @@ def _time_host(
     for _ in range(_HOST_WARM_UPS + _NUM_SAMPLES):
         torch.cuda.synchronize(hidden.device)
         started = time.perf_counter()
-        layer.dispatcher.publish(hidden)
+        layer.dispatcher.publish(hidden, num_chunks)
         choice = layer.gate(hidden)
         receipts = layer.dispatcher.route(choice, num_chunks)
         run_layer(layer.dispatcher, layer.experts, hidden, choice.weights, receipts, None, overlap)
@@ -229,29 +232,32 @@ def _slowest(group: ExpertGroup, seconds: Sequence[float]) -> list[float]:
 def _sample(
     layer: MoELayer,
     dispatcher: CopyEngineDispatcher,
+    lane: PeerLane,
     hidden: torch.Tensor,
     overlap: Overlap,
 ) -> list[float]:
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(6)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(7)]
     up_ctas, down_ctas = overlap.up_ctas, overlap.down_ctas
     if not layer.experts.outpace(dispatcher.operations_per_byte):
         up_ctas = down_ctas = overlap.expert_ctas
 
     marks[0].record()
     dispatcher.publish(hidden)
+    lane.wait_for_upload(0)  # beside the gate it would be in the gate's time
+    marks[1].record()
     choice = layer.gate(hidden, dispatcher.pair_sort)
     (receipt,) = dispatcher.route(choice, 1)
-    marks[1].record()
-    rows = dispatcher.dispatch(hidden, receipt)
     marks[2].record()
-    inner = layer.experts.up(rows, receipt, max_ctas=up_ctas)
+    rows = dispatcher.dispatch(hidden, receipt)
     marks[3].record()
+    inner = layer.experts.up(rows, receipt, max_ctas=up_ctas)
+    marks[4].record()
     output = dispatcher.output_of(receipt)
     pairs = layer.experts.down(inner, receipt, output=output, max_ctas=down_ctas)
-    marks[4].record()
-    dispatcher.combine(pairs, choice.weights, receipt)
     marks[5].record()
-    marks[5].synchronize()
+    dispatcher.combine(pairs, choice.weights, receipt)
+    marks[6].record()
+    marks[6].synchronize()
     pairs_of_marks = zip(marks, marks[1:], strict=False)
     return [begin.elapsed_time(end) / 1e3 for begin, end in pairs_of_marks]
 

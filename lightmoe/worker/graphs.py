@@ -197,7 +197,7 @@ class DecodeGraphs:
         finally:
             group.num_real = decoder.load.counted = None
         if group.peers is not None:
-            group.peers.count_pairs()
+            group.peers.pair_counter.count()
         logits = decoder.logits(hidden)
         self._chosen.put(best_rows(logits))
         return logits

@@ -7,7 +7,8 @@ import torch
 from lightmoe.distributed.communicator import Communicator
 from lightmoe.distributed.peers import PeerMemory, Road
 from lightmoe.models.config import ModelConfig
-from lightmoe.moe.dispatch.copy_engine import ArenaLayout, PeerLane
+from lightmoe.moe.dispatch.arena import ArenaLayout
+from lightmoe.moe.dispatch.peer_lane import PeerLane
 from lightmoe.moe.dispatch.summing import SummingLane
 from lightmoe.worker.config import WorkerConfig
 from lightmoe.worker.graphs import MAX_BATCH

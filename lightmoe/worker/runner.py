@@ -96,7 +96,7 @@ class Runner:
         # Ranks that replay a padded step's graph run it whole, so it is cut in two on none.
         rows, sampled = self._forward(batch, whole=num_rows > 0)
         for lane in self._group.lanes:
-            lane.count_pairs()
+            lane.pair_counter.count()
         if not sampled:
             return self._enqueued(batch, self._drawn((), self._chosen.first(0)), started)
         return self._enqueued(batch, self._draw(self._decoder.logits(rows), sampled), started)
@@ -178,7 +178,7 @@ class Runner:
     def _enqueued(self, batch: Batch, drawn: _Drawn, started: float) -> RunningStep:
         """All that the device is to do for the step is enqueued: what will be known of it."""
         group = self._group
-        counts = [self._decoder.load.move(), *(lane.move_pairs() for lane in group.lanes)]
+        counts = [self._decoder.load.move(), *(lane.pair_counter.move() for lane in group.lanes)]
         report = Report([drawn.tokens, *counts])
         layer_pairs = group.layer_pairs.copy()
         group.layer_pairs[:] = 0

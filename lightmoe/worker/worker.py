@@ -21,8 +21,9 @@ from lightmoe.models.checkpoint import read_index
 from lightmoe.models.decoder import Decoder, Parts, load_experts, read_expert
 from lightmoe.models.weights import DummyReader, SafetensorsReader, WeightReader
 from lightmoe.moe.dispatch import ExpertGroup
-from lightmoe.moe.dispatch.copy_engine import PeerLane, multiprocessors_of
+from lightmoe.moe.dispatch.peer_lane import PeerLane
 from lightmoe.moe.load import LoadCounter
+from lightmoe.moe.multiprocessors import multiprocessors_of
 from lightmoe.moe.overflow import Overflow
 from lightmoe.moe.skew import RoutingSkew
 from lightmoe.telemetry.rank_recorder import RankRecorder

@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from payload_accuracy import SummingDispatcher, equal_beginning
@@ -17,19 +15,19 @@ from torch import Tensor
 from lightmoe.distributed.peers import Road
 from lightmoe.errors import UsageError
 from lightmoe.kernels import exchange as exchange_module
-from lightmoe.moe.dispatch import CopyEngineDispatcher, Dispatcher, ExpertGroup, LocalDispatcher
-from lightmoe.moe.dispatch.copy_engine import ArenaLayout, PeerLane
-from lightmoe.moe.experts import Experts, SlotPool
-from lightmoe.moe.gate import Gate
-from lightmoe.moe.layer import MoELayer
-from lightmoe.moe.load import LoadCounter
-from lightmoe.moe.overlap_model import Overlap
-from lightmoe.moe.placement import Placement, initial_placement
-from lightmoe.quant.packing import ExpertLayout
-from tests.kernels.drivers import HERE
-from tests.kernels.route_cases import compile_host
+from lightmoe.moe.dispatch import LocalDispatcher
+from lightmoe.moe.dispatch.arena import ArenaLayout
+from lightmoe.moe.placement import initial_placement
 from tests.moe.cases import LayerWeights, poison_results
-from tests.moe.emulated_ranks import CPU, DTYPE, HostLibrary, on_threads, open_lanes
+from tests.moe.emulated_ranks import (
+    CPU,
+    DTYPE,
+    HostLibrary,
+    compile_kernels,
+    layer_of,
+    on_threads,
+    open_lanes,
+)
 
 NUM_RANKS, NUM_EXPERTS, PER_TOKEN, WIDTH, MAX_TOKENS = 3, 8, 3, 48, 23
 WEIGHTS = LayerWeights.random(0, NUM_EXPERTS, PER_TOKEN, WIDTH, 32)
@@ -40,12 +38,7 @@ MODES = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    library = tmp_path_factory.mktemp("emulated") / "exchange.so"
-    source: Path = HERE / "emulator/exchange.cpp"
-    kernels = ctypes.CDLL(str(compile_host(source, library, f"-I{HERE / 'emulator/cuda'}")))
-    for name in ("run_pull", "run_sum", "run_combine", "run_count"):
-        getattr(kernels, name).restype = ctypes.c_bool
-    return kernels
+    return compile_kernels(tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.fixture(autouse=True)
@@ -68,31 +61,6 @@ def layout(summed: bool, as_int8: bool) -> ArenaLayout:
     )
 
 
-def layer_of(
-    placement: Placement, rank: int, lane: PeerLane | None, num_chunks: int
-) -> tuple[MoELayer, ExpertGroup]:
-    """The layer as one rank has it; without a lane it is alone."""
-    group = ExpertGroup(
-        rank, placement, None, "none", np.zeros(1, dtype=np.int64), deterministic=False, peers=lane
-    )
-    blobs = ExpertLayout(WIDTH, 32)
-    pool = SlotPool(placement.num_slots(rank), blobs, DTYPE, CPU)
-    for _, expert, slot in placement.hosted(rank):
-        parts = (WEIGHTS.gates[expert], WEIGHTS.ups[expert], WEIGHTS.downs[expert])
-        blobs.write(pool.blobs[slot], *(part.to(DTYPE) for part in parts))
-    experts = Experts(pool)
-    dispatcher: Dispatcher
-    if lane is None:
-        dispatcher = LocalDispatcher(group, 0, CPU, experts.tokens_per_tile)
-    else:
-        dispatcher = CopyEngineDispatcher(group, 0, lane, experts.tokens_per_tile)
-        dispatcher.stream = None  # chunks in turn: there are no streams here
-    gate = Gate(WEIGHTS.router.to(DTYPE), PER_TOKEN, renormalize=True)
-    load = LoadCounter(1, NUM_EXPERTS, CPU)
-    overlap = Overlap(num_chunks=num_chunks)
-    return MoELayer(0, gate, load, dispatcher, experts, overlap=overlap), group
-
-
 def hidden_of(rank: int, num_tokens: int) -> Tensor:
     generator = torch.Generator().manual_seed(rank)
     return torch.randn(num_tokens, WIDTH, generator=generator).to(DTYPE)
@@ -106,8 +74,10 @@ def test_ranks_answer_as_the_bench_emulates(
 ) -> None:
     placement = initial_placement(1, NUM_EXPERTS, NUM_RANKS)
     lanes = open_lanes(layout(summed, as_int8), road)
-    layers = [layer_of(placement, rank, lanes[rank], num_chunks) for rank in range(NUM_RANKS)]
-    alone, group = layer_of(initial_placement(1, NUM_EXPERTS, 1), 0, None, 1)
+    layers = [
+        layer_of(WEIGHTS, placement, rank, [lanes[rank]], num_chunks) for rank in range(NUM_RANKS)
+    ]
+    alone, group = layer_of(WEIGHTS, initial_placement(1, NUM_EXPERTS, 1), 0)
     homes = torch.tensor([ranks[0] for ranks in placement.copies[0]])
     local = alone.dispatcher
     assert isinstance(local, LocalDispatcher)
@@ -137,7 +107,7 @@ def test_ranks_count_what_they_send(summed: bool, as_int8: bool) -> None:
     placement = initial_placement(1, NUM_EXPERTS, NUM_RANKS)
     homes = torch.tensor([ranks[0] for ranks in placement.copies[0]])
     lanes = open_lanes(layout(summed, as_int8), "host")
-    layers = [layer_of(placement, rank, lanes[rank], 2) for rank in range(NUM_RANKS)]
+    layers = [layer_of(WEIGHTS, placement, rank, [lanes[rank]], 2) for rank in range(NUM_RANKS)]
     tokens = (7, 11, 20)
     hidden = [hidden_of(rank, number) for rank, number in enumerate(tokens)]
     for lane, (_, group) in zip(lanes, layers, strict=True):

@@ -50,7 +50,12 @@ std::string beside(const void *parameter) {
 
 std::string ticket(const void *parameter) {
   const auto *launch = static_cast<const light::HopperLaunch<light_grouped_gemm_args> *>(parameter);
-  return std::to_string(reinterpret_cast<size_t>(launch->args.unit_ticket));
+  std::string text = std::to_string(reinterpret_cast<size_t>(launch->args.unit_ticket));
+  if (launch->args.other_ctas != 0) {
+    text += (launch->args.helps ? " helps " : " is helped by ") +
+            std::to_string(launch->args.other_ctas);
+  }
+  return text;
 }
 
 thread_local void *current = nullptr;

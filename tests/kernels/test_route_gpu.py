@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightmoe.kernels import RouteSplit, route_reference
-from lightmoe.kernels.route import route_split
+from lightmoe.kernels.route import route_chunks, route_split
 from lightmoe.kernels.route_reference import ROUTES
 from tests.kernels.route_cases import RouteCase, assert_same_split
 
@@ -46,6 +46,37 @@ def test_the_split_is_the_reference(road, route: str, most_ranks: int, most_expe
         options = {"rank": case.rank, "sweeps": case.sweeps, "nearness": levels}
         found = route_split(*on_gpu(case), route=route, **options)
         assert_same_split(found, wanted_of(case, route), case.copy_ranks)
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3, 8])
+def test_chunks_are_split_at_once(road, num_chunks: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    case = replace(RouteCase.random(3, 10, 64), nearness=[])
+    counts = [
+        torch.randint(2000, case.counts.shape, generator=generator) for _ in range(num_chunks)
+    ]
+    counts[-1].zero_()
+    tiles = [8 + 8 * (number % 8) for number in range(num_chunks)]
+    cases = [
+        replace(case, counts=count.numpy(), tokens_per_tile=tile)
+        for count, tile in zip(counts, tiles, strict=True)
+    ]
+    routes = [list(ROUTES)[number % len(ROUTES)] for number in range(num_chunks)]
+    offsets = torch.stack([one.arguments[0] for one in cases]).cuda()
+    found = route_chunks(
+        offsets,
+        case.copy_ranks.cuda(),
+        case.arguments[2].cuda(),
+        [
+            (route, one.tokens_per_tile, one.arguments[-1])
+            for route, one in zip(routes, cases, strict=True)
+        ],
+        rank=case.rank,
+        sweeps=case.sweeps,
+    )
+    for split, one, route in zip(found, cases, routes, strict=True):
+        assert split.segments.data_ptr() % 8 == 0, "a segment is read at once"
+        assert_same_split(split, wanted_of(one, route), case.copy_ranks)
 
 
 @pytest.mark.parametrize("route", ROUTES)

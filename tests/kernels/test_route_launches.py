@@ -8,21 +8,25 @@ import pytest
 
 from tests.kernels.drivers import BIND, Call, call, launches, opened
 
+
+def chunk(*tables: int, route: int = 2, tokens_per_tile: int = 64, most_tiles: int = 1000) -> list:
+    return [*(tables or [16] * 6), route, tokens_per_tile, most_tiles]
+
+
 SPLIT = {
-    "tables": [16] * 7 + [0, 0],
+    "chunks": [chunk()],
+    "copy_ranks": 16,
+    "nearness": 0,
     "source_stride": 129,
     "num_ranks": 10,
     "num_experts": 128,
     "num_copies": 3,
     "rank": 0,
-    "route": 2,
     "sweeps": 4,
-    "tokens_per_tile": 64,
-    "most_tiles": 1000,
     "num_levels": 0,
     "stream": 7,
 }
-NEAR = {"tables": [16] * 7 + [0, 16], "num_levels": 3}
+NEAR = {"nearness": 16, "num_levels": 3}
 
 
 @pytest.fixture
@@ -49,9 +53,10 @@ def split(**changes: object) -> Call:
         (75, {"num_experts": 512, "source_stride": 600}, "route_split_w32", ""),
         (75, NEAR, "route_split_near_w32", ""),
         (90, NEAR | {"num_ranks": 33}, "route_split_near_w64", " 6"),
+        (90, {"chunks": [chunk(), chunk(route=0), chunk(most_tiles=7)]}, "route_split_w32", " 6"),
     ],
 )
-def test_one_cta_splits(
+def test_a_cta_splits_a_chunk(
     host_library: Path,
     fake_driver: Path,
     kernels: Path,
@@ -70,7 +75,8 @@ def test_one_cta_splits(
     )
 
     (line,) = launches(lines)
-    assert line.startswith(f"launch {name} grid 1 block 512 shared ")
+    grid = len((SPLIT | changes)["chunks"])
+    assert line.startswith(f"launch {name} grid {grid} block 512 shared ")
     assert line.endswith(f"stream 7 attributes{attributes}")
     shared_bytes = int(line.split()[7])
     experts, ranks = (SPLIT | changes)["num_experts"], (SPLIT | changes)["num_ranks"]
@@ -87,18 +93,22 @@ def test_one_cta_splits(
         ({"num_copies": 0}, "128 experts of 0 copies on 10 ranks"),
         ({"rank": 10}, "rank 10 of 10, rows of 129 offsets"),
         ({"source_stride": 128}, "rank 0 of 10, rows of 128 offsets of 128 experts"),
-        ({"route": 4}, "route 4, 4 sweeps"),
+        ({"chunks": [chunk(), chunk(route=4)]}, "route 4, 4 sweeps"),
+        ({"chunks": []}, "0 chunks, 1 to 8 may be given"),
+        ({"chunks": [chunk()] * 9}, "9 chunks, 1 to 8 may be given"),
+        ({"chunks": [chunk()] * 12}, "9 chunks, 1 to 8 may be given"),
+        ({"copy_ranks": 0}, "input or output is null"),
         ({"sweeps": -1}, "route 2, -1 sweeps"),
-        ({"tokens_per_tile": 0}, "0 tokens in each of 1000 tiles"),
+        ({"chunks": [chunk(tokens_per_tile=0)]}, "0 tokens in each of 1000 tiles"),
         (NEAR | {"num_levels": 4}, "4 levels of nearness, at most 3, given"),
         ({"num_levels": 1}, "1 levels of nearness, at most 3, none given"),
-        ({"most_tiles": -1}, "64 tokens in each of -1 tiles"),
+        ({"chunks": [chunk(most_tiles=-1)]}, "64 tokens in each of -1 tiles"),
         *(
             (
-                {"tables": [*[16] * missing, 0, *[16] * (6 - missing), 0, 0]},
+                {"chunks": [chunk(*[16] * missing, 0, *[16] * (5 - missing))]},
                 "input or output is null",
             )
-            for missing in range(7)
+            for missing in range(6)
         ),
         ({"num_ranks": 64, "num_experts": 512, "source_stride": 513}, "a CTA here has 65536"),
     ],

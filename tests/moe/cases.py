@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightmoe.distributed.communicator import Communicator
 from lightmoe.moe.dispatch import ExpertGroup, make_dispatcher
-from lightmoe.moe.dispatch.copy_engine import PeerLane
+from lightmoe.moe.dispatch.peer_lane import PeerLane
 from lightmoe.moe.experts import Experts, SlotPool
 from lightmoe.moe.gate import Gate
 from lightmoe.moe.layer import MoELayer

@@ -5,20 +5,33 @@ what shares and what waits is done here.
 from __future__ import annotations
 
 import ctypes
+import random
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightmoe.distributed.peers import Road
 from lightmoe.kernels import reference
-from lightmoe.moe.dispatch.copy_engine import ArenaLayout, PeerLane
+from lightmoe.moe.dispatch import CopyEngineDispatcher, Dispatcher, ExpertGroup, LocalDispatcher
+from lightmoe.moe.dispatch.arena import ArenaLayout
+from lightmoe.moe.dispatch.peer_lane import PeerLane
 from lightmoe.moe.dispatch.summing import SummingLane
-from lightmoe.moe.overlap_model import chunk_of
+from lightmoe.moe.experts import Experts, SlotPool
+from lightmoe.moe.gate import Gate
+from lightmoe.moe.layer import MoELayer
+from lightmoe.moe.load import LoadCounter
+from lightmoe.moe.overlap_model import Overlap, chunk_of
+from lightmoe.moe.placement import Placement
+from lightmoe.quant.packing import ExpertLayout
+from tests.kernels.drivers import HERE
 from tests.kernels.exchange_cases import (
     POSITION_BITS,
     ChunkArgs,
@@ -29,6 +42,8 @@ from tests.kernels.exchange_cases import (
     PullArgs,
     SumArgs,
 )
+from tests.kernels.route_cases import compile_host
+from tests.moe.cases import LayerWeights
 
 DTYPE = torch.bfloat16
 CPU = torch.device("cpu")
@@ -52,6 +67,47 @@ class Arenas:
         self.road = road
         self.arena = arenas[rank]
         self.addresses = [arena.data_ptr() for arena in arenas]
+
+
+class LateUpload:
+    """The upload that is hardest to get right: from its beginning on nothing can be read any more,
+    and a chunk is there when it was waited for, after some time.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self._random = random.Random(seed)
+        self._parts: Sequence[tuple[Tensor, Tensor]] = ()
+        self._rows: list[slice] = []
+
+    def of_another_lane(self) -> LateUpload:
+        return LateUpload(self._random.randrange(1 << 30))
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self._rows)
+
+    def begin(
+        self, parts: Sequence[tuple[Tensor, Tensor]], num_tokens: int, num_chunks: int
+    ) -> None:
+        self._parts = parts
+        self._rows = [chunk_of(num_tokens, chunk, num_chunks) for chunk in range(num_chunks)]
+        for _, target in parts:
+            target.view(torch.uint8)[:num_tokens].fill_(0xFF)
+
+    def wait(self, chunk: int) -> None:
+        time.sleep(self._random.random() * 2e-3)
+        for source, target in self._parts:
+            target[self._rows[chunk]] = source[self._rows[chunk]]
+
+
+def compile_kernels(folder: Path) -> ctypes.CDLL:
+    """Those of emulator/exchange.cpp, compiled into a folder."""
+    source: Path = HERE / "emulator/exchange.cpp"
+    library = compile_host(source, folder / "exchange.so", f"-I{HERE / 'emulator/cuda'}")
+    kernels = ctypes.CDLL(str(library))
+    for name in ("run_pull", "run_give", "run_sum", "run_combine", "run_count"):
+        getattr(kernels, name).restype = ctypes.c_bool
+    return kernels
 
 
 class HostLibrary:
@@ -185,17 +241,54 @@ def _chunk(given: tuple) -> ChunkArgs:
     )
 
 
-def open_lanes(layout: ArenaLayout, road: Road) -> list[PeerLane]:
+def open_lanes(layout: ArenaLayout, road: Road, upload: Any = None) -> list[PeerLane]:
     """A lane a rank, whose arenas are full of bytes that mean nothing."""
     arenas = [
         torch.full((layout.num_bytes,), 0xC7, dtype=torch.uint8) for _ in range(layout.num_ranks)
     ]
     kind = SummingLane if layout.summed else PeerLane
-    streams: Any = SimpleNamespace(stream=object(), beside=object())
+    upload = upload or LateUpload()
+    streams: Any = SimpleNamespace(stream=object(), beside=object(), upload=upload)
     return [
         kind(layout, Arenas(arenas, rank, road), rank, 1, DTYPE, CPU, 1.0, like=streams)
         for rank in range(layout.num_ranks)
     ]
+
+
+def layer_of(
+    weights: LayerWeights,
+    placement: Placement,
+    rank: int,
+    lanes: Sequence[PeerLane] = (),
+    num_chunks: int = 1,
+) -> tuple[MoELayer, ExpertGroup]:
+    """The layer as one rank has it, with a lane for each half; without lanes it is alone."""
+    num_experts, expert_width, width = weights.gates.shape
+    pairs = np.zeros(1, dtype=np.int64)
+    peers = lanes[0] if lanes else None
+    group = ExpertGroup(rank, placement, None, "none", pairs, deterministic=False, peers=peers)
+    blobs = ExpertLayout(width, expert_width)
+    pool = SlotPool(placement.num_slots(rank), blobs, DTYPE, CPU)
+    for _, expert, slot in placement.hosted(rank):
+        parts = (weights.gates[expert], weights.ups[expert], weights.downs[expert])
+        blobs.write(pool.blobs[slot], *(part.to(DTYPE) for part in parts))
+    experts = Experts(pool)
+    dispatchers: list[Dispatcher] = [
+        CopyEngineDispatcher(group, 0, lane, experts.tokens_per_tile) for lane in lanes
+    ] or [LocalDispatcher(group, 0, CPU, experts.tokens_per_tile)]
+    for dispatcher in dispatchers:
+        dispatcher.stream = None  # one after the other: there are no streams here
+    gate = Gate(weights.router.to(DTYPE), weights.num_per_token, renormalize=True)
+    layer = MoELayer(
+        0,
+        gate,
+        LoadCounter(1, num_experts, CPU),
+        dispatchers[0],
+        experts,
+        overlap=Overlap(num_chunks=num_chunks),
+        second_dispatcher=dispatchers[-1],
+    )
+    return layer, group
 
 
 def on_threads(calls: Sequence[Callable[[], Answer]]) -> list[Answer]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +24,13 @@ from torch import Tensor
 from lightmoe.distributed.communicator import Communicator
 from lightmoe.distributed.peers import PeerMemory, Road, gather_bytes
 from lightmoe.errors import RankError
-from lightmoe.moe.dispatch import ExpertGroup, make_dispatcher
-from lightmoe.moe.dispatch.copy_engine import ArenaLayout, PeerLane
+from lightmoe.moe.dispatch import CopyEngineDispatcher, ExpertGroup, make_dispatcher
+from lightmoe.moe.dispatch.arena import ArenaLayout
+from lightmoe.moe.dispatch.peer_lane import PeerLane
+from lightmoe.moe.dispatch.upload import Upload
 from lightmoe.moe.experts import Experts, SlotPool
 from lightmoe.moe.gate import Gate
+from lightmoe.moe.halves import InFlight
 from lightmoe.moe.layer import MoELayer
 from lightmoe.moe.load import LoadCounter
 from lightmoe.moe.overlap_model import Overlap
@@ -37,6 +41,21 @@ from lightmoe.quant.packing import ExpertLayout
 pytestmark = pytest.mark.gpu
 
 NUM_EXPERTS, PER_TOKEN, WIDTH, EXPERT_WIDTH, MAX_TOKENS = 16, 4, 256, 128, 70
+
+
+class SlowUpload(Upload):
+    """An upload whose chunks come late, or not."""
+
+    def __init__(self, stream: torch.cuda.Stream, rng: random.Random) -> None:
+        super().__init__(stream)
+        self._rng = rng
+
+    def of_another_lane(self) -> SlowUpload:
+        return SlowUpload(self.stream, self._rng)
+
+    def _copy(self, parts: Sequence[tuple[Tensor, Tensor]], rows: slice) -> None:
+        _delay(self._rng, self.stream)
+        super()._copy(parts, rows)
 
 
 @dataclass
@@ -81,6 +100,7 @@ class Rank:
         num_chunks: int,
         alone: bool = False,
         nearness: Nearness = (),
+        second_lane: PeerLane | None = None,
     ) -> tuple[MoELayer, ExpertGroup]:
         rank = 0 if alone else self.communicator.rank
         group = ExpertGroup(
@@ -106,8 +126,23 @@ class Rank:
             make_dispatcher(group, 0, self.device, experts.tokens_per_tile),
             experts,
             overlap=Overlap(num_chunks=num_chunks, expert_ctas=64),
+            second_dispatcher=None
+            if second_lane is None
+            else CopyEngineDispatcher(group, 0, second_lane, experts.tokens_per_tile),
         )
         return layer, group
+
+    def second_lane(self, road: Road) -> PeerLane:
+        """One for the second half of a step."""
+        lane, num_bytes = self.lane, self.lane.layout.num_bytes
+        memory = PeerMemory(self.communicator, self.device, num_bytes, road)
+        fields = (lane.layout, memory, lane.rank, 1, self.dtype, self.device, 60.0)
+        return PeerLane(*fields, exchange_ctas=4, like=lane)
+
+    def delay_uploads(self) -> None:
+        """Have delays before the chunks of hidden states that go through the host."""
+        if self.lane.upload is not None:
+            self.lane.upload = SlowUpload(self.lane.upload.stream, random.Random(self.lane.rank))
 
     def hidden(self, num_tokens: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -132,13 +167,14 @@ def _many_steps(
 ) -> None:
     """Random placements, routes, token counts, chunks and delays: always the bits of one rank."""
     rank = Rank.join(communicator, device, road, dtype)
+    rank.delay_uploads()
     num_ranks = communicator.num_ranks
     shared, own = random.Random(7), random.Random(communicator.rank)
     numbers = np.random.default_rng(3)
     alone, _ = rank.layer(initial_placement(1, NUM_EXPERTS, 1), "none", 1, alone=True)
     plans = []
     for number, (chunks, route) in enumerate(
-        itertools.product((1, 2, 3), ("waterfill", "even", "none"))
+        itertools.product((1, 2, 3, 4), ("waterfill", "even", "none"))
     ):
         copies = random_copies(numbers, NUM_EXPERTS, num_ranks, 8 * (number % 3))
         nearness = random_nearness(numbers, num_ranks) if number % 2 else ()
@@ -163,7 +199,7 @@ def _many_steps(
         _delay(own, torch.cuda.current_stream())
         _delay(own, rank.lane.stream)
         answer = layer(hidden)
-        rank.lane.count_pairs()
+        rank.lane.pair_counter.count()
         expected = alone(hidden) if len(hidden) else hidden
         rank.lane.check()
         counted = alone.load.take() if len(hidden) else np.zeros((1, NUM_EXPERTS), dtype=np.int32)
@@ -175,33 +211,101 @@ def _many_steps(
     rank.barrier()
 
 
-def _graph(communicator: Communicator, device: torch.device, road: Road) -> None:
-    """A layer captured once answers every replay's own hidden states."""
+def _graph(communicator: Communicator, device: torch.device, road: Road, num_chunks: int) -> None:
+    """Two layers captured once answer every replay's own hidden states."""
     rank = Rank.join(communicator, device, road, torch.bfloat16)
+    rank.delay_uploads()
     num_ranks = communicator.num_ranks
     alone, _ = rank.layer(initial_placement(1, NUM_EXPERTS, 1), "none", 1, alone=True)
-    layer, group = rank.layer(initial_placement(1, NUM_EXPERTS, num_ranks), "waterfill", 1)
-    group.tokens_per_rank = (8,) * num_ranks
-    hidden = rank.hidden(8, 0)
-    layer(hidden)
+    layer, group = rank.layer(initial_placement(1, NUM_EXPERTS, num_ranks), "waterfill", num_chunks)
+    group.tokens_per_rank = (8,) * num_ranks if num_chunks == 1 else (MAX_TOKENS, 5, 0)
+    num_tokens = group.tokens_per_rank[communicator.rank]
+    hidden = rank.hidden(num_tokens, 0)
+    layer(layer(hidden))
     rank.barrier()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        answer = layer(hidden)
+        answer = layer(layer(hidden))
     rank.barrier()
     for step in range(20):
-        hidden.copy_(rank.hidden(8, 100 * step + communicator.rank))
+        hidden.copy_(rank.hidden(num_tokens, 100 * step + communicator.rank))
         graph.replay()
         rank.lane.check()
-        assert torch.equal(answer, alone(hidden)), f"replay {step}"
+        expected = alone(alone(hidden)) if num_tokens else hidden
+        assert torch.equal(answer, expected), f"replay {step}"
     rank.barrier()
 
 
-def _stalled(communicator: Communicator, device: torch.device, road: Road) -> None:
+def _behind_each_other(
+    communicator: Communicator, device: torch.device, road: Road, num_chunks: int, in_halves: bool
+) -> None:
+    """Layers enqueued without a look at any, their hidden states freed at once and overwritten."""
+    rank = Rank.join(communicator, device, road, torch.bfloat16)
+    rank.delay_uploads()
+    num_ranks, me = communicator.num_ranks, communicator.rank
+    second = rank.second_lane(road) if in_halves else None
+    shared, own = random.Random(5), random.Random(me)
+    alone, _ = rank.layer(initial_placement(1, NUM_EXPERTS, 1), "none", 1, alone=True)
+    placement = initial_placement(1, NUM_EXPERTS, num_ranks)
+    layer, group = rank.layer(placement, "waterfill", num_chunks, second_lane=second)
+    group.in_halves = in_halves
+    steps = []
+    for number in range(24):
+        tokens = [0 if shared.random() < 0.2 else shared.randrange(71) for _ in range(num_ranks)]
+        tokens[number % num_ranks] = MAX_TOKENS
+        steps.append((tuple(tokens), rank.hidden(tokens[me], 10 * number + me)))
+    rank.barrier()
+    answers: list[Tensor] = []
+    waiting: list[InFlight] = []
+    for tokens, hidden in steps:
+        for stream in (torch.cuda.current_stream(), rank.lane.stream):
+            _delay(own, stream)
+        if in_halves:
+            waiting = _begin_halves(layer, group, hidden, tokens, waiting, answers)
+        else:
+            group.tokens_per_rank = tokens
+            answers.append(layer(hidden.clone()))
+            rank.lane.pair_counter.count()
+        torch.full_like(hidden, float("nan"))
+    answers += [layer.finish(flight) for flight in waiting]
+    if second is not None:
+        answers = [torch.cat(answers[first : first + 2]) for first in range(0, len(answers), 2)]
+        second.check()
+    rank.barrier()
+    rank.lane.check()
+    for number, ((_, hidden), answer) in enumerate(zip(steps, answers, strict=True)):
+        assert torch.equal(answer, alone(hidden) if len(hidden) else hidden), f"step {number}"
+    rank.barrier()
+
+
+def _begin_halves(
+    layer: MoELayer,
+    group: ExpertGroup,
+    hidden: Tensor,
+    tokens: Sequence[int],
+    waiting: Sequence[InFlight],
+    answers: list[Tensor],
+) -> list[InFlight]:
+    """A layer in two halves, each behind the same one of the layer before, as a decoder does it."""
+    first = tuple(count // 2 for count in tokens)
+    second = tuple(count - half for count, half in zip(tokens, first, strict=True))
+    flights: list[InFlight] = []
+    parts = hidden.split([first[group.rank], second[group.rank]])
+    for half, (part, counts) in enumerate(zip(parts, (first, second), strict=True)):
+        if waiting:
+            answers.append(layer.finish(waiting[half]))
+        group.tokens_per_rank = counts
+        flights.append(layer.begin(part.clone(), half))
+    for flight in flights:
+        layer.compute(flight)
+    return flights
+
+
+def _stalled(communicator: Communicator, device: torch.device, road: Road, num_chunks: int) -> None:
     """Rank 1 never comes: everyone else says so."""
     rank = Rank.join(communicator, device, road, torch.bfloat16, timeout_seconds=2.0)
     num_ranks = communicator.num_ranks
-    layer, group = rank.layer(initial_placement(1, NUM_EXPERTS, num_ranks), "none", 1)
+    layer, group = rank.layer(initial_placement(1, NUM_EXPERTS, num_ranks), "none", num_chunks)
     group.tokens_per_rank = (8,) * num_ranks
     rank.barrier()
     if communicator.rank != 1:
@@ -233,14 +337,27 @@ def test_ranks_give_the_bits_of_a_rank_alone(
 
 
 @pytest.mark.parametrize("road", ["ipc", "host"])
-def test_a_graph_of_a_layer_answers_every_replay(road: Road) -> None:
+@pytest.mark.parametrize("num_chunks", [1, 4])
+def test_a_graph_of_a_layer_answers_every_replay(road: Road, num_chunks: int) -> None:
     """Sizes, counts and the route are the device's business."""
-    run_on_ranks(3, _graph, road)
+    run_on_ranks(3, _graph, road, num_chunks)
 
 
-def test_a_stalled_rank_is_named() -> None:
+@pytest.mark.parametrize("road", ["ipc", "host"])
+@pytest.mark.parametrize(
+    ("num_chunks", "in_halves"), [(1, False), (4, False), (1, True)], ids=["1", "4", "halves"]
+)
+def test_layers_behind_each_other_have_the_rows_of_their_own(
+    road: Road, num_chunks: int, in_halves: bool
+) -> None:
+    """Nobody's hidden states are overwritten, here or where others read them, before all have."""
+    run_on_ranks(4, _behind_each_other, road, num_chunks, in_halves)
+
+
+@pytest.mark.parametrize(("road", "num_chunks"), [("ipc", 1), ("host", 1), ("host", 3)])
+def test_a_stalled_rank_is_named(road: Road, num_chunks: int) -> None:
     """Within the timeout, and nothing hangs."""
-    run_on_ranks(3, _stalled, "ipc")
+    run_on_ranks(3, _stalled, road, num_chunks)
 
 
 def _large_steps(
@@ -264,7 +381,7 @@ def _large_steps(
         poison_results(rank.lane)
         rank.barrier()
         answer = layer(hidden)
-        rank.lane.count_pairs()
+        rank.lane.pair_counter.count()
         expected = alone(hidden) if len(hidden) else hidden
         rank.lane.check()
         if dtype == torch.float32:
@@ -274,7 +391,11 @@ def _large_steps(
     rank.barrier()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_large_steps_give_the_bits_of_a_rank_alone(dtype: torch.dtype) -> None:
-    """Through shared memory, by bulk copies, where the cards have them."""
-    run_on_ranks(3, _large_steps, "ipc", dtype)
+@pytest.mark.parametrize(
+    ("road", "dtype"),
+    [("ipc", torch.bfloat16), ("ipc", torch.float32), ("host", torch.bfloat16)],
+    ids=str,
+)
+def test_large_steps_give_the_bits_of_a_rank_alone(road: Road, dtype: torch.dtype) -> None:
+    """Over cards through shared memory, by bulk copies, where they have them."""
+    run_on_ranks(3, _large_steps, road, dtype)

@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightmoe.errors import UsageError
+from lightmoe.kernels import route
 from lightmoe.moe.overlap_model import (
     FEWEST_TOKENS,
     MARGIN,
+    MAX_CHUNKS,
     UP_SHARE,
     LayerCosts,
     Overlap,
@@ -25,7 +27,7 @@ from lightmoe.moe.overlap_model import (
 
 costs = st.builds(
     LayerCosts,
-    *[st.builds(StageCost, st.floats(0, 1e-3), st.floats(0, 1e-6)) for _ in range(7)],
+    *[st.builds(StageCost, st.floats(0, 1e-3), st.floats(0, 1e-6)) for _ in range(8)],
     st.booleans(),
     st.booleans(),
 )
@@ -41,11 +43,13 @@ def makespan_of_tasks(layer: LayerCosts, num_tokens: int, num_chunks: int) -> fl
     beside = num_chunks > 1 and not layer.in_turn
     if not beside:
         products = {"ud": [f"{kind}{i}" for i in chunks for kind in ("u", "d")]}
-    queues = {"stream": stream, **products}
+    uploads = [f"h{i}" for i in chunks]
+    queues = {"stream": stream, **products, "upload": uploads}
     kinds = {"r": layer.dispatch, "u": layer.up, "d": layer.down, "c": layer.combine}
-    needs = {"r": "", "u": "r", "d": "u", "c": "d"}
+    kinds["h"] = layer.upload
+    needs = {"h": "", "r": "h", "u": "r", "d": "u", "c": "d"}
     done: dict[str, float] = {}
-    free = dict.fromkeys(queues, layer.gate.seconds(num_tokens))
+    free = dict.fromkeys(queues, layer.gate.seconds(num_tokens)) | {"upload": 0.0}
     while any(queues.values()):
         for queue, tasks in queues.items():
             if not tasks:
@@ -112,6 +116,17 @@ def test_the_gate_is_paid_once() -> None:
         assert extra == pytest.approx(1e-3)
 
 
+def test_only_the_first_chunks_upload_is_waited_for() -> None:
+    """One that is much quicker than the exchange, in the gate's time or not."""
+    slow = dataclasses.replace(EVEN, upload=StageCost(0, 0.4e-7))
+    gated = dataclasses.replace(slow, gate=StageCost(1e-3, 0))
+    for count in (1, 2, 4):
+        first = chunk_of(8192, 0, count)
+        alone = pipeline_seconds(EVEN, 8192, count)
+        assert pipeline_seconds(slow, 8192, count) == pytest.approx(alone + 0.4e-7 * first.stop)
+        assert pipeline_seconds(gated, 8192, count) == pytest.approx(alone + 1e-3)
+
+
 @given(
     st.floats(0, 1e-2),
     st.floats(1e-9, 1e-4),
@@ -145,3 +160,7 @@ def test_small_steps_are_not_cut_whatever_the_costs_say() -> None:
     overlap = Overlap(num_chunks=None, costs=LayerCosts(free, free, free, free))
     assert overlap.chunks(FEWEST_TOKENS - 1) == 1
     assert overlap.chunks(FEWEST_TOKENS) > 1
+
+
+def test_all_chunks_are_routed_by_one_launch() -> None:
+    assert MAX_CHUNKS <= route.MAX_CHUNKS

@@ -17,7 +17,8 @@ from lightmoe.distributed.peers import PeerMemory, Road
 from lightmoe.kernels import reference
 from lightmoe.kernels.permute import dequantize_rows, permute_int8
 from lightmoe.moe.dispatch import make_dispatcher
-from lightmoe.moe.dispatch.copy_engine import ArenaLayout, PeerLane
+from lightmoe.moe.dispatch.arena import ArenaLayout
+from lightmoe.moe.dispatch.peer_lane import PeerLane
 from lightmoe.moe.dispatch.summing import SummingLane
 from lightmoe.moe.layer import MoELayer
 from lightmoe.moe.placement import Placement, initial_placement
@@ -102,11 +103,12 @@ def _many_steps(
 ) -> None:
     """Token counts, chunks and delays at random: always the bits of that arithmetic."""
     rank = join(communicator, device, road, as_int8=as_int8)
+    rank.delay_uploads()
     num_ranks = communicator.num_ranks
     shared, own = random.Random(7), random.Random(communicator.rank)
     placement = initial_placement(1, NUM_EXPERTS, num_ranks)
     alone, homes = alone_with_weights(rank), homes_of(placement, device)
-    plans = [rank.layer(placement, "none", chunks) for chunks in (1, 2, 3)]
+    plans = [rank.layer(placement, "none", chunks) for chunks in (1, 2, 4)]
     for step in range(steps):
         layer, group = shared.choice(plans)
         group.tokens_per_rank = tuple(
@@ -128,7 +130,7 @@ def _many_steps(
                 with torch.cuda.stream(stream):
                     torch.cuda._sleep(own.randrange(1, 400_000))
         answer = layer(hidden)
-        rank.lane.count_pairs()
+        rank.lane.pair_counter.count()
         wanted = expected(alone, hidden, homes, as_int8) if len(hidden) else hidden
         rank.lane.check()
         assert torch.equal(answer, wanted), f"step {step}: {group.tokens_per_rank}"

@@ -24,7 +24,7 @@ from lightmoe.moe.tables import PlacementTables
 from lightmoe.telemetry.trace import recording
 
 if TYPE_CHECKING:
-    from lightmoe.moe.dispatch.copy_engine import PeerLane
+    from lightmoe.moe.dispatch.peer_lane import PeerLane
 
 TokensPerTile = Callable[[int, int], int]
 """How many pairs a tile of the experts' products has, for P pairs in so many groups."""
@@ -90,8 +90,11 @@ class Dispatcher(Protocol):
         """Tokens of the fullest rank in this step, [T, D] being this one's."""
         return len(hidden)
 
-    def publish(self, hidden: Tensor) -> None:
-        """These are the hidden states [T, D] of the next route."""
+    def publish(self, hidden: Tensor, num_chunks: int = 1) -> None:
+        """These are the hidden states [T, D] of the next route, which is in so many chunks.
+
+        They stay as they are until the results of all chunks are there.
+        """
         return None  # noqa: RET501  (an empty body would be abstract)
 
     def counts_into(self, load: Tensor) -> bool:

@@ -41,7 +41,7 @@ class CollectiveDispatcher(Dispatcher):
         """Tokens of the fullest rank in this step."""
         return max(self._group.tokens_per_rank)
 
-    def publish(self, hidden: Tensor) -> None:
+    def publish(self, hidden: Tensor, num_chunks: int = 1) -> None:
         """Nothing: rows leave once it is known where to."""
 
     def route(self, choice: Choice, num_chunks: int) -> list[Receipt]:

@@ -8,12 +8,17 @@ in its own memory: a row is the same wherever its token's experts lie.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from lightmoe.kernels.exchange import publish_int8
 from lightmoe.kernels.library import address
-from lightmoe.moe.dispatch.copy_engine import PeerLane, PeerReceipt, view_arena
+from lightmoe.moe.dispatch.arena import view_arena
+from lightmoe.moe.dispatch.peer_lane import PeerLane
+from lightmoe.moe.dispatch.peer_receipt import PeerReceipt
 
 
 class SummingLane(PeerLane):
@@ -28,9 +33,8 @@ class SummingLane(PeerLane):
         self._weights = self._arena_weights.to(device)  # the same, where that is on the card
         own_bytes = 0 if self._on_card else layout.block.num_bytes
         self.own_results = torch.empty(own_bytes, dtype=torch.uint8, device=device)
-        hidden = self.memory.arena[layout.offsets["hidden"] :][: layout.block.num_bytes]
-        self._arena_block = hidden
-        self._own_block = hidden.to(device)
+        block = self.memory.arena[layout.offsets["hidden"] :][: layout.block.num_bytes]
+        self._own_block = block if self._on_card else torch.empty_like(block, device=device)
         self._pairs = torch.empty_like(self.rows)
         begin = self.rank * layout.block.num_bytes
         self._sum_addresses = self._with_own(self._addresses("results", begin))
@@ -52,18 +56,35 @@ class SummingLane(PeerLane):
         """Where a chunk's results go: [P, D]."""
         return self._pairs[first_pair:][:num_pairs]
 
-    def _publish(self, hidden: Tensor) -> Tensor | None:
-        """Begin to put hidden states where others read them; returned if that is to be done yet."""
-        block = self.layout.block
-        if not block.as_int8:
-            return super()._publish(hidden)
-        self._read_own(self._own_block)
-        publish_int8(hidden, address(self._own_block), block)
-        if not self._on_card:
-            for first, row_bytes in ((0, block.row_bytes), (block.scale_offset, 4)):
-                part = slice(first, first + len(hidden) * row_bytes)
-                self._arena_block[part].copy_(self._own_block[part], non_blocking=True)
+    def _put_on_card(self, hidden: Tensor) -> Tensor | None:
+        """Put hidden states into this card's arena; returned if that is to be done yet."""
+        if not self.layout.as_int8:
+            return super()._put_on_card(hidden)
+        self._write_codes(hidden)
         return None
+
+    def _parts_to_upload(self, hidden: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """What goes where in the host's arena, each a row a token."""
+        if not self.layout.as_int8:
+            return super()._parts_to_upload(hidden)
+        self._write_codes(hidden)
+        return self._codes_and_scales
+
+    def _write_codes(self, hidden: Tensor) -> None:
+        self._read_own(self._own_block)
+        publish_int8(hidden, address(self._own_block), self.layout.block)
+
+    @cached_property
+    def _codes_and_scales(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """Those of this rank's memory, and of the arena: uint8 [max_tokens, bytes of a row]."""
+        block, offset = self.layout.block, self.layout.offsets["hidden"]
+        arena, here = self.memory.arena[offset:], self._own_block
+        parts = []
+        for first, row_bytes in ((0, block.row_bytes), (block.scale_offset, 4)):
+            shape = (self.layout.max_tokens, row_bytes)
+            source, target = (view_arena(at, first, shape, torch.uint8) for at in (here, arena))
+            parts.append((source, target))
+        return parts
 
     def _have_shared(self, num_chunks: int) -> None:
         super()._have_shared(num_chunks)

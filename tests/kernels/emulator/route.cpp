@@ -18,6 +18,10 @@ inline int __mulhi(int first, int second) {
   return static_cast<int>(static_cast<long long>(first) * second >> 32);
 }
 
+struct {
+  unsigned x;
+} blockIdx;
+
 namespace light::route {
 extern char memory[];
 }
@@ -34,13 +38,16 @@ extern "C" bool run_route(const light_route_split_args *args, unsigned seed) {
     return false;
   }
   std::fill_n(light::route::memory, sizeof light::route::memory, '\x5a');
+  light_route_split_chunks chunks{};
+  blockIdx.x = seed % LIGHT_MAX_CHUNKS;
+  chunks.chunk[blockIdx.x] = *args;
   emulator::Cta cta(light::route::kThreads, seed);
   return cta.run([&] {
     const bool is_narrow = args->num_ranks <= light::route::kRanksOfOneLane;
     if (args->num_levels > 0) {
-      is_narrow ? route_split_near_w32(*args) : route_split_near_w64(*args);
+      is_narrow ? route_split_near_w32(chunks) : route_split_near_w64(chunks);
     } else {
-      is_narrow ? route_split_w32(*args) : route_split_w64(*args);
+      is_narrow ? route_split_w32(chunks) : route_split_w64(chunks);
     }
   });
 }

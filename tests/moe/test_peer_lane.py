@@ -5,11 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-import torch
 from torch import Tensor
 
 from lightmoe.distributed.peers import Road
-from lightmoe.moe.dispatch.copy_engine import ArenaLayout, PeerLane
+from lightmoe.moe.dispatch.arena import ArenaLayout
+from lightmoe.moe.dispatch.peer_lane import PeerLane
 from lightmoe.moe.overlap_model import chunk_of
 from tests.moe.emulated_ranks import open_lanes
 
@@ -60,30 +60,3 @@ def test_all_layers_of_a_step_share_its_chunks(lane: PeerLane) -> None:
     assert padded.tokens == slice(0, 4)
     assert padded.dispatch_ctas == padded.combine_ctas == lane.exchange_ctas
     assert lane.chunks_of_step(TOKENS, 2, 16, False) is not chunks
-
-
-@pytest.mark.parametrize(
-    ("layers", "wanted"),
-    [
-        ([0, 1, 2], [1, 2, 3]),
-        ([0, 0, 1, 1, 2, 2], [3, 7, 11]),
-        ([0, 2, 2, 0], [5, 0, 5]),
-        ([1], [0, 1, 0]),
-        ([0, 0, 0, 1, 1, 2], [6, 9, 6]),
-        ([], [0, 0, 0]),
-    ],
-    ids=str,
-)
-def test_pairs_of_all_chunks_count(
-    monkeypatch: pytest.MonkeyPatch, layers: list[int], wanted: list[int]
-) -> None:
-    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
-    lane = open_lanes(LAYOUT, "ipc")[0]
-    lane._pairs_computed = torch.zeros(3, dtype=torch.int32)
-    for number, layer in enumerate(layers, 1):
-        lane.note_pairs(layer, torch.tensor([number], dtype=torch.int32))
-
-    lane.count_pairs()
-
-    assert lane.move_pairs().tolist() == wanted
-    assert lane.move_pairs().tolist() == [0, 0, 0]

@@ -53,8 +53,7 @@ int grouped_gemm(const py::tuple &groups, const py::tuple &tile, int dtype, Addr
                  Address pair_row, Address weights, long long slot_bytes, Address pair_weight,
                  Address output, Address output_rows, int depth, int num_features, bool swiglu, bool output_float32,
                  int max_ctas, Address split_sums, Address split_tickets, int depth_splits,
-                 bool groups_settled, Address unit_ticket, int other_ctas, bool helps,
-                 Address stream) {
+                 bool groups_settled, Address unit_ticket, Address stream) {
   const light_grouped_gemm_args args{read_groups(groups),
                                      pointer<const void>(rows),
                                      pointer<const int>(pair_row),
@@ -71,9 +70,7 @@ int grouped_gemm(const py::tuple &groups, const py::tuple &tile, int dtype, Addr
                                      pointer<int>(split_tickets),
                                      depth_splits,
                                      groups_settled,
-                                     pointer<unsigned>(unit_ticket),
-                                     other_ctas,
-                                     helps};
+                                     pointer<unsigned>(unit_ticket)};
   const light_tile instance = read_tile(tile);
   const py::gil_scoped_release released;  // the first launch of an instance loads it
   return light_grouped_gemm(&args, &instance, static_cast<light_dtype>(dtype), max_ctas,
@@ -436,15 +433,17 @@ int route_split(const py::sequence &chunks, Address copy_ranks, Address nearness
     const auto chunk = chunks[i].cast<py::tuple>();
     const auto table = [&](int k) { return pointer<int>(chunk[k].cast<Address>()); };
     const auto number = [&](int k) { return chunk[k].cast<int>(); };
-    args.chunk[i] = {table(0),    pointer<const int>(copy_ranks),
-                     table(1),    table(2),
-                     table(3),    table(4),
-                     table(5),    nullptr,
-                     pointer<const int>(nearness),
-                     source_stride, num_ranks, num_experts, num_copies, rank,
-                     number(6),   sweeps,
-                     number(7),   number(8),
-                     num_levels};
+    args.chunk[i] = {
+        table(0),      pointer<const int>(copy_ranks),
+        table(1),      table(2),
+        table(3),      table(4),
+        table(5),      nullptr,
+        pointer<const int>(nearness),
+        source_stride, num_ranks,
+        num_experts,   num_copies,
+        rank,          number(6),
+        sweeps,        number(7),
+        number(8),     num_levels};
   }
   const py::gil_scoped_release released;
   return light_route_split(&args, static_cast<int>(count), pointer<void>(stream));
@@ -541,7 +540,7 @@ PYBIND11_MODULE(_light_ops, module) {
          arg("pair_weight"), arg("output"), arg("output_rows") = 0, arg("depth"), arg("num_features"), arg("swiglu"),
          arg("output_float32"), arg("max_ctas"), arg("split_sums") = 0,
          arg("split_tickets") = 0, arg("depth_splits") = 1, arg("groups_settled") = false,
-         arg("unit_ticket") = 0, arg("other_ctas") = 0, arg("helps") = false, arg("stream"));
+         arg("unit_ticket") = 0, arg("stream"));
   define(module, "quant_gemm", &quant_gemm, arg("groups"), arg("tile"), arg("dtype"),
          arg("rows"), arg("pair_row"), arg("weights"), arg("scales"), arg("zeros"),
          arg("slot_bytes"), arg("pair_weight"), arg("output"), arg("output_rows") = 0, arg("depth"),

@@ -10,7 +10,6 @@ template <class Tile, class Operand>
 class HopperProducer {
   using Args = typename Operand::Args;
   using Scales = typename Operand::Scales;
-  using Lookup = UnitLookup<Tile, Args>;
   static constexpr int kGatherRows = (Tile::kLimit + 15) / 16;  // of a thread
   static constexpr int kBarrier = 9;                            // of the warpgroup
 
@@ -33,16 +32,16 @@ class HopperProducer {
     if (idle && unit_ticket(args_) == nullptr) return;
     const bool settled = args_.groups.offsets == nullptr || args_.groups_settled;
     if (!settled) follow_previous_kernel();
-    Lookup lookup(args_, launch_.tokens);
-    HopperUnit unit = helps(args_) && lookup.claims() ? claimed_unit(lookup, 0)
-                                                      : own_unit(lookup, 0);
+    UnitLookup<Tile> lookup(args_.groups, launch_.tokens, args_.num_features, unit_ticket(args_));
+    HopperUnit unit = lookup.unit(0);
+    if (leads()) memory_.put_unit(0, unit);
     if (settled) {
       if (unit.exists()) copy_early_weights(unit);
       follow_previous_kernel();
     }
     for (int index = 0; unit.exists(); ++index) {
       copy_unit(index, unit);
-      unit = lookup.claims() ? claimed_unit(lookup, index + 1) : own_unit(lookup, index + 1);
+      unit = next_unit(lookup, index + 1);
     }
     end();
   }
@@ -62,16 +61,15 @@ class HopperProducer {
     return (unit.num_tokens + row_box(launch_.tokens) - 1) / row_box(launch_.tokens);
   }
 
-  __device__ __forceinline__ HopperUnit own_unit(Lookup &lookup, int index) {
-    const HopperUnit unit = lookup.unit(index);
-    if (leads()) memory_.put_unit(index, unit);
-    return unit;
-  }
-
   // A thread that copies nothing claims it while the others copy; where all gather rows it waits for
   // the ticket, with the stages that are full ahead. The barrier shows everyone the entry in the
   // ring, and nobody claims the next but one before the others begin with the next.
-  __device__ __forceinline__ HopperUnit claimed_unit(const Lookup &lookup, int index) {
+  __device__ __forceinline__ HopperUnit next_unit(UnitLookup<Tile> &lookup, int index) {
+    if (!lookup.claims()) {
+      const HopperUnit unit = lookup.unit(index);
+      if (leads()) memory_.put_unit(index, unit);
+      return unit;
+    }
     if (claims_for_all()) memory_.put_unit(index, lookup.claim());
     __syncwarp();
     sync_threads<kBarrier, 128>();

@@ -69,10 +69,6 @@ typedef struct light_pair_groups {
 // On Hopper a product may read its weights, and its groups' tables where groups_settled, while the
 // kernel in front of it still runs: neither may be what that kernel writes.
 //
-// There two launches may share a product: the second helps, on another stream, with what is left of
-// the tiles when it begins. They differ in `helps`, and each one's max_ctas is the other's
-// other_ctas; their unit_ticket is nobody else's until both have ended.
-//
 // output[p, n] = sum_d rows[pair_row[p], d] * weight[slot of p][n, d]
 // With swiglu != 0 the weight holds F gate rows, then F up rows, and
 // output[p, f] = silu(gate[p, f]) * up[p, f].
@@ -95,8 +91,6 @@ typedef struct light_grouped_gemm_args {
   int groups_settled;        // the groups' tables are older than the kernel in front of this one
   unsigned *unit_ticket;     // zero before the first launch; left zero: on Hopper CTAs then claim
                              // tiles, and one that starts late takes fewer; null: each has its own
-  int other_ctas;            // max_ctas of the launch that shares this product; 0: there is none
-  int helps;                 // this is the second of both
 } light_grouped_gemm_args;
 
 // The same product from weight-only quantised experts, prepacked as lightmoe/quant/fragments.py

@@ -1,6 +1,8 @@
 // Encodes tensor maps and launches Hopper's matrix kernels.
 #include "hopper.h"
 
+#include "launch.h"
+
 namespace light {
 namespace {
 
@@ -91,9 +93,10 @@ light_status encode_rows(const MatrixLaunch &launch, TensorMap *map) {
   return encode_map(launch, rows, map);
 }
 
-light_status find_hopper_instance(const MatrixLaunch &launch, const HopperStage &stage,
-                                  MatrixInstance *instance) {
-  return find_instance(launch, launch.tile.stages * stage.bytes + kHopperTailBytes, instance);
+light_status launch_hopper_bytes(const MatrixLaunch &launch, const HopperStage &stage,
+                                 const void *args) {
+  const int shared_bytes = launch.tile.stages * stage.bytes + kHopperTailBytes;
+  return launch_instance(launch, shared_bytes, args);
 }
 
 }  // namespace light

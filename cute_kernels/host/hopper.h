@@ -35,15 +35,8 @@ light_status encode_weights(const MatrixLaunch &launch, long long slot_bytes, Te
 // The rows of the output's pairs, where they are the input's rows in their order.
 light_status encode_rows(const MatrixLaunch &launch, TensorMap *map);
 
-light_status find_hopper_instance(const MatrixLaunch &launch, const HopperStage &stage,
-                                  MatrixInstance *instance);
-
-// What only the launcher knows of a stem's arguments.
-template <class Args>
-void complete(const MatrixInstance &, Args *) {}
-inline void complete(const MatrixInstance &instance, light_grouped_gemm_args *args) {
-  if (args->other_ctas > 0) args->other_ctas = instance.num_ctas(args->other_ctas);
-}
+light_status launch_hopper_bytes(const MatrixLaunch &launch, const HopperStage &stage,
+                                 const void *args);
 
 // Complete `prepared`, whose maps of weights the stem has made, and launch.
 template <class Args>
@@ -56,10 +49,7 @@ light_status launch_hopper(const MatrixLaunch &launch, const Args &args, const H
   if (args.pair_row == nullptr) {
     LIGHT_TRY(encode_rows(launch, &prepared->rows));
   }
-  MatrixInstance instance{};
-  LIGHT_TRY(find_hopper_instance(launch, stage, &instance));
-  complete(instance, &prepared->args);
-  return launch_instance(launch, instance, prepared);
+  return launch_hopper_bytes(launch, stage, prepared);
 }
 
 }  // namespace light

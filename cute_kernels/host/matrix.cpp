@@ -5,6 +5,7 @@
 #include <string>
 
 #include "hopper_launch.h"
+#include "launch.h"
 #include "tile_memory.h"
 
 namespace light {
@@ -130,39 +131,30 @@ light_status check_matrix(const MatrixLaunch &launch) {
 }
 
 light_status launch_matrix(const MatrixLaunch &launch, const void *args) {
-  MatrixInstance instance{};
-  LIGHT_TRY(find_instance(launch, tile_shared_bytes(launch.tile, launch.num_bits), &instance));
-  return launch_instance(launch, instance, args);
+  return launch_instance(launch, tile_shared_bytes(launch.tile, launch.num_bits), args);
 }
 
-light_status find_instance(const MatrixLaunch &launch, int shared_bytes,
-                           MatrixInstance *instance) {
+light_status launch_instance(const MatrixLaunch &launch, int shared_bytes, const void *args) {
   const light_tile &tile = launch.tile;
   const std::string name = instance_name(launch);
   // On warpgroups one more of them copies.
   const int warps = tile.warps_weight * tile.warps_tokens * tile.depth_parts +
                     (launch.on_warpgroups() ? 4 : 0);
-  LIGHT_TRY(find_kernel(name, name, 32 * warps, shared_bytes, &instance->kernel));
+  const Kernel *kernel = nullptr;
+  LIGHT_TRY(find_kernel(name, name, 32 * warps, shared_bytes, &kernel));
   const int num_groups = launch.groups.offsets == nullptr ? 1 : launch.groups.num_groups;
-  instance->num_units =
+  const long long num_units =
       launch.splits.count *
       most_output_tiles(tile, launch.groups.num_pairs, num_groups, launch.weight_rows());
-  return LIGHT_OK;
-}
-
-int MatrixInstance::num_ctas(int max_ctas) const {
-  const long long resident = std::min<long long>(kernel->resident_ctas(), num_units);
-  return static_cast<int>(max_ctas > 0 ? std::min<long long>(resident, max_ctas) : resident);
-}
-
-light_status launch_instance(const MatrixLaunch &launch, const MatrixInstance &instance,
-                             const void *args) {
+  long long num_ctas = std::min<long long>(kernel->resident_ctas(), num_units);
+  if (launch.max_ctas > 0) {
+    num_ctas = std::min<long long>(num_ctas, launch.max_ctas);
+  }
   // Where multiprocessors are left to others, a product that waits ahead of its turn would hold them.
   LaunchOptions options;
   options.overlapped = launch.max_ctas <= 0;
-  const int num_ctas = instance.num_ctas(launch.max_ctas);
-  return launch_bytes(*instance.kernel, {static_cast<unsigned int>(num_ctas)}, args,
-                      launch.stream, options);
+  return launch_bytes(*kernel, {static_cast<unsigned int>(num_ctas)}, args, launch.stream,
+                      options);
 }
 
 }  // namespace light

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "errors.h"
-#include "launch.h"
 #include "light_ops.h"
 
 namespace light {
@@ -65,17 +64,7 @@ light_status check_matrix(const MatrixLaunch &launch);
 // Launch with `args`, the stem's own, as the kernel's parameter: not for warpgroups.
 light_status launch_matrix(const MatrixLaunch &launch, const void *args);
 
-// A tile's instance for a launch, with so many bytes of dynamic shared memory.
-struct MatrixInstance {
-  const Kernel *kernel;
-  long long num_units;  // there are at most
-
-  // Of the persistent grid: no more than max_ctas, 0: as many as the device holds.
-  int num_ctas(int max_ctas) const;
-};
-light_status find_instance(const MatrixLaunch &launch, int shared_bytes, MatrixInstance *instance);
-
-light_status launch_instance(const MatrixLaunch &launch, const MatrixInstance &instance,
-                             const void *args);
+// Launch the tile's instance, persistent, with so many bytes of dynamic shared memory.
+light_status launch_instance(const MatrixLaunch &launch, int shared_bytes, const void *args);
 
 }  // namespace light

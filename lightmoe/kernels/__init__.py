@@ -76,7 +76,6 @@ _Result = TypeVar("_Result")
 _OF_GPUS = (
     *("deterministic", "expected", "groups_settled", "max_ctas", "max_queries"),
     "output_rows",  # the reference returns the rows
-    "helper",  # nothing is left to it
 )
 """Arguments that say how, not what; the reference has one way."""
 

@@ -16,7 +16,6 @@ from lightmoe.kernels.checks import (
     require_shape,
 )
 from lightmoe.kernels.groups import PairGroups
-from lightmoe.kernels.helpers import Helper
 from lightmoe.kernels.library import Library, address, library
 from lightmoe.kernels.permute import permute
 from lightmoe.kernels.products import (
@@ -102,12 +101,8 @@ class GroupedProduct:
         expected: tuple[int, int] | None = None,
         output: Tensor | None = None,
         output_rows: Tensor | None = None,
-        helper: Helper | None = None,
     ) -> Tensor:
-        """The product of rows [R, D], with grouped_gemm's options.
-
-        `helper` may be launched behind this, on another stream: it takes part in this product.
-        """
+        """The product of rows [R, D], with grouped_gemm's options."""
         weights, num_pairs = self._weights, groups.num_pairs
         sizes = (num_pairs, groups.slots.shape[0], groups.tokens_per_tile, expected)
         form = (rows.shape, rows.stride(), rows.dtype, row_index is None, sizes)
@@ -158,7 +153,6 @@ class GroupedProduct:
             swiglu=self._swiglu,
             max_ctas=max_ctas,
             groups_settled=groups_settled,
-            helper=helper,
         )
         return output
 
@@ -242,37 +236,31 @@ def launch_product(
     output_rows: Tensor | None = None,
     max_ctas: int | None = None,
     groups_settled: bool = False,
-    helper: Helper | None = None,
 ) -> None:
     """Enqueue the kernel. Everything has been checked."""
     scratch = Scratch(plan, rows.device)
     # Who bounds the CTAs has other kernels beside them, which make some of them start late.
-    claims = (max_ctas is not None or groups[-1] >= _CLAIMED_PAIRS) and plan.tile.limit > 0
-    if not (claims and max_ctas and helper is not None and helper.max_ctas):
-        helper = None  # nothing can be left to it
-    ticket = (unit_ticket(rows.device) if helper is None else helper.ticket) if claims else None
-    arguments: dict[str, object] = {
-        "groups": groups,
-        "tile": plan.tile_fields,
-        "dtype": HALF_DTYPES[rows.dtype],
-        "rows": address(rows),
-        "pair_row": address(row_index),
-        "weights": address(weights),
-        "slot_bytes": weights.stride(0) * weights.element_size(),
-        "pair_weight": address(pair_weight),
-        "output": 0 if output_rows is not None else address(output),
-        "output_rows": address(output_rows),
-        "depth": rows.shape[1],
-        "num_features": output.shape[1],
-        "swiglu": swiglu,
-        "output_float32": output.dtype == torch.float32,
-        "max_ctas": max_ctas or 0,
-        "groups_settled": groups_settled,
-        "unit_ticket": address(ticket),
-        "other_ctas": 0 if helper is None else helper.max_ctas,
-        "helps": False,
+    claims = max_ctas is not None or groups[-1] >= _CLAIMED_PAIRS
+    ticket = unit_ticket(rows.device) if claims and plan.tile.limit else None
+    library().launch(
+        _STEM,
+        rows.device,
+        groups=groups,
+        tile=plan.tile_fields,
+        dtype=HALF_DTYPES[rows.dtype],
+        rows=address(rows),
+        pair_row=address(row_index),
+        weights=address(weights),
+        slot_bytes=weights.stride(0) * weights.element_size(),
+        pair_weight=address(pair_weight),
+        output=0 if output_rows is not None else address(output),
+        output_rows=address(output_rows),
+        depth=rows.shape[1],
+        num_features=output.shape[1],
+        swiglu=swiglu,
+        output_float32=output.dtype == torch.float32,
+        max_ctas=max_ctas or 0,
+        groups_settled=groups_settled,
+        unit_ticket=address(ticket),
         **scratch.arguments,
-    }
-    if helper is not None:
-        helper.prepare(_STEM, rows.device, arguments, rows, output)
-    library().launch(_STEM, rows.device, **arguments)
+    )

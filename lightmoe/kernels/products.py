@@ -157,7 +157,6 @@ def make_room_on_stream(device: torch.device) -> None:
     """What kernels keep for a stream, for the current one: before a graph's capture on it."""
     workspace_of(device)
     unit_ticket(device)
-    shared_tickets(_COMMON_HELPERS, device)
 
 
 def unit_ticket(device: torch.device) -> Tensor:
@@ -165,31 +164,16 @@ def unit_ticket(device: torch.device) -> Tensor:
     return _tickets(1, device)
 
 
-def shared_tickets(count: int, device: torch.device) -> Tensor:
-    """Tickets of products that have two launches each, on two streams, so it is one's alone.
-
-    They are again this stream's when it has joined the others.
-    """
-    return _tickets(count, device, _shared_tickets_of_stream)
+_tickets_of_stream: dict[tuple[torch.device, int], list[Tensor]] = {}
 
 
-_COMMON_HELPERS = 16
-"""Of a layer, at most: two for each chunk but the last."""
-
-_TicketTables = dict[tuple[torch.device, int], list[Tensor]]
-_tickets_of_stream: _TicketTables = {}
-_shared_tickets_of_stream: _TicketTables = {}
-
-
-def _tickets(
-    count: int, device: torch.device, tables_of_stream: _TicketTables = _tickets_of_stream
-) -> Tensor:
+def _tickets(count: int, device: torch.device) -> Tensor:
     """Zeros that launches of one stream share: each leaves them zero for the next.
 
     A graph keeps the addresses it was captured with, so none is freed when larger ones are needed.
     In a capture only memory that exists is shared: what is made there, that graph alone zeroes.
     """
-    tables = tables_of_stream.setdefault((device, raw_stream(device)), [])
+    tables = _tickets_of_stream.setdefault((device, raw_stream(device)), [])
     if tables and len(tables[-1]) >= count:
         return tables[-1]
     zeros = torch.zeros(2 * count, dtype=torch.int32, device=device)

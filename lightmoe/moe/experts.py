@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lightmoe import kernels
-from lightmoe.kernels.helpers import Helper
 from lightmoe.moe.dispatch.base import Receipt
 from lightmoe.quant.packing import ExpertLayout
 
@@ -65,17 +64,10 @@ class Experts:
         inner = self.up(rows, receipt, max_ctas=max_ctas)
         return self.down(inner, receipt, output=output, max_ctas=max_ctas)
 
-    def up(
-        self,
-        rows: Tensor,
-        receipt: Receipt,
-        *,
-        max_ctas: int | None = None,
-        helper: Helper | None = None,
-    ) -> Tensor:
+    def up(self, rows: Tensor, receipt: Receipt, *, max_ctas: int | None = None) -> Tensor:
         """The first product of every pair: [R, D] -> [P, F], in the receipt's order.
 
-        `max_ctas` bounds the multiprocessors. `helper` may compute what is left of the product.
+        `max_ctas` bounds the multiprocessors.
         """
         if not self._pool.num_slots:
             # A rank without experts computes nothing, but takes part in the exchange.
@@ -86,7 +78,6 @@ class Experts:
             receipt.pair_row,
             max_ctas=max_ctas,
             expected=receipt.expected,
-            helper=helper,
         )
 
     def down(
@@ -96,7 +87,6 @@ class Experts:
         *,
         output: Tensor | None = None,
         max_ctas: int | None = None,
-        helper: Helper | None = None,
     ) -> Tensor:
         """The second product: [P, F] -> [P, D].
 
@@ -114,5 +104,4 @@ class Experts:
             expected=receipt.expected,
             output=output,
             output_rows=receipt.output_rows,
-            helper=helper,
         )

@@ -50,12 +50,7 @@ std::string beside(const void *parameter) {
 
 std::string ticket(const void *parameter) {
   const auto *launch = static_cast<const light::HopperLaunch<light_grouped_gemm_args> *>(parameter);
-  std::string text = std::to_string(reinterpret_cast<size_t>(launch->args.unit_ticket));
-  if (launch->args.other_ctas != 0) {
-    text += (launch->args.helps ? " helps " : " is helped by ") +
-            std::to_string(launch->args.other_ctas);
-  }
-  return text;
+  return std::to_string(reinterpret_cast<size_t>(launch->args.unit_ticket));
 }
 
 thread_local void *current = nullptr;

@@ -280,51 +280,6 @@ def test_ctas_claim_tiles_where_there_is_a_ticket(
     assert [line for line in lines if line.startswith("ticket")] == ["ticket 0", "ticket 48"]
 
 
-@pytest.mark.parametrize(("own", "other"), [(5, 3), (1, 1000), (1000, 7)])
-def test_launches_that_share_a_product_know_each_others_grid(
-    host_library: Path, fake_driver: Path, kernels: Path, own: int, other: int
-) -> None:
-    shared = {"num_features": 32768, "unit_ticket": 48}
-    few = shared | {"groups": (0, 16, 16, 16, NUM_GROUPS, 3), "num_features": 512, "pair_row": 0}
-    calls = [
-        hopper_product(16, LARGE, **given, max_ctas=mine, other_ctas=others, helps=helps)
-        for given in (shared, few)
-        for mine, others, helps in ((own, other, False), (other, own, True))
-    ]
-    lines = call(host_library, fake_driver, opened(kernels), BIND, *calls, **HOPPER)
-
-    grids = [re.search(r" grid (\d+) ", line)[1] for line in launches(lines)]
-    # No more than the card holds, and than there are tiles: two blocks of features for each pair.
-    for most, (mine, others) in zip((NUM_MULTIPROCESSORS, 6), (grids[:2], grids[2:]), strict=True):
-        assert [mine, others] == [str(min(most, ctas)) for ctas in (own, other)]
-    assert [line for line in lines if line.startswith("ticket")] == [
-        text
-        for mine, others in (grids[:2], grids[2:])
-        for text in (f"ticket 48 is helped by {others}", f"ticket 48 helps {mine}")
-    ]
-    assert all(line.endswith(" attributes") for line in launches(lines))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"max_ctas": 5, "other_ctas": 5},  # no ticket
-        {"max_ctas": 0, "other_ctas": 5, "unit_ticket": 48},
-        {"max_ctas": 5, "other_ctas": 0, "unit_ticket": 48, "helps": True},
-        {"max_ctas": 5, "other_ctas": -1, "unit_ticket": 48},
-    ],
-    ids=str,
-)
-def test_what_cannot_be_shared_is_refused(
-    host_library: Path, fake_driver: Path, kernels: Path, changes: dict
-) -> None:
-    wanted = hopper_product(16, LARGE, **changes)
-    lines = call(host_library, fake_driver, opened(kernels), BIND, wanted, **HOPPER)
-    assert lines[-1].startswith("grouped_gemm: 4 grouped_gemm: launches of ")
-    assert lines[-1].endswith("which takes a tile of warpgroups, a unit_ticket and a bound of each")
-    assert launches(lines) == []
-
-
 @pytest.mark.parametrize(
     ("tile", "num_pairs", "max_ctas", "claims"),
     [
@@ -356,7 +311,6 @@ def test_products_of_many_tiles_or_beside_other_kernels_have_a_ticket(
     arguments = launched.launch.call_args.kwargs
     assert arguments["unit_ticket"] == (ticket.data_ptr() if claims else 0)
     assert arguments["max_ctas"] == (max_ctas or 0)
-    assert (arguments["other_ctas"], arguments["helps"]) == (0, False)
 
 
 def stage_of_first(lines: list[str]) -> dict[str, int]:

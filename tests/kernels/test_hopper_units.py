@@ -1,6 +1,5 @@
 """Which units Hopper's producer brings to which CTA, on the host: its own ones or claimed ones,
-each once and whole, whoever comes first, with and without a launch that helps; and what it leaves
-for the next launch.
+each once and whole, whoever comes first; and what it leaves for the next launch.
 """
 
 from __future__ import annotations
@@ -55,8 +54,6 @@ class Arguments(ctypes.Structure):
         ("depth_splits", INT),
         ("groups_settled", INT),
         ("unit_ticket", POINTER),
-        ("other_ctas", INT),
-        ("helps", INT),
     )
 
 
@@ -66,8 +63,7 @@ class Run(ctypes.Structure):
     _fields_ = (
         ("args", Arguments),
         *((name, INT) for name in ("tokens", "num_stages", "num_ctas", "num_scale_threads")),
-        *((name, INT) for name in ("num_late", "late_after", "num_helpers", "helpers_after")),
-        ("consumer_turns", INT),
+        *((name, INT) for name in ("num_late", "late_after", "consumer_turns")),
         ("seed", ctypes.c_uint),
         ("most_units", INT),
         ("units", POINTER),
@@ -91,8 +87,6 @@ class Launch:
     num_scale_threads: int = 0
     num_late: int = 0
     late_after: int = 0
-    num_helpers: int = 0
-    helpers_after: int = 0
     consumer_turns: int = 0  # of all threads, that consumers let pass at each stage
     seed: int = 1
     ticket: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.uint32))
@@ -113,7 +107,7 @@ class Launch:
         return found
 
     def run(self, producer: ctypes.CDLL) -> list[list[tuple[int, ...]]]:
-        """The units that the consumers of each CTA saw, in their order; of helpers last."""
+        """The units that the consumers of each CTA saw, in their order."""
         tiles = [-(-count // TOKENS) for count in self.counts]
         tables = {
             "slots": SLOT_OF_GROUP + np.arange(len(self.counts)),
@@ -136,13 +130,12 @@ class Launch:
         )
         run = Run(args, TOKENS, self.num_stages, self.num_ctas, self.num_scale_threads)
         run.num_late, run.late_after, run.seed = self.num_late, self.late_after, self.seed
-        run.num_helpers, run.helpers_after = self.num_helpers, self.helpers_after
         run.consumer_turns = self.consumer_turns
         run.most_units, run.units, before = most, seen.ctypes.data, self.ticket.copy()
         assert producer.run_product(ctypes.byref(run)), "threads wait for each other for ever"
         assert run.num_wrong == 0
         assert self.ticket == before
-        units: list[list[tuple[int, ...]]] = [[] for _ in range(self.num_ctas + self.num_helpers)]
+        units: list[list[tuple[int, ...]]] = [[] for _ in range(self.num_ctas)]
         for cta, *unit in seen[: run.num_units].tolist():
             units[cta].append(tuple(unit))
         return units
@@ -223,46 +216,3 @@ def test_a_cta_that_starts_late_takes_fewer(producer: ctypes.CDLL, seed: int) ->
 def test_as_many_units_as_ctas_need_no_ticket(producer: ctypes.CDLL) -> None:
     launch = Launch([32], 6, ticket=np.full(1, 7, dtype=np.uint32))  # no claim would find a unit
     assert [len(units) for units in launch.run(producer)] == [1] * 6
-
-
-@pytest.mark.parametrize("gathers", [False, True])
-@pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_a_launch_that_helps_takes_what_is_left(
-    producer: ctypes.CDLL, counts: list[int], gathers: bool
-) -> None:
-    ticket = np.zeros(1, dtype=np.uint32)
-    num_units = Launch(counts, 1).units().total()
-    for seed, (num_ctas, num_helpers) in enumerate([(1, 3), (4, 4), (5, 1), (2, 6)], start=1):
-        # Beside the other from the start, when half is done, and behind all of it.
-        for helpers_after in (0, num_units // 2, num_units):
-            launch = Launch(counts, num_ctas, gathers=gathers, seed=seed, ticket=ticket)
-            launch.num_helpers, launch.helpers_after = num_helpers, helpers_after
-            launch.settled = seed % 2 == 0
-            found = launch.run(producer)
-            assert Counter(unit for units in found for unit in units) == launch.units()
-            helped = sum(len(units) for units in found[num_ctas:])
-            assert helped <= max(num_units - max(helpers_after, num_ctas), 0)
-
-
-def test_who_helps_from_the_start_has_its_share(producer: ctypes.CDLL) -> None:
-    found = Launch([160], 3, num_helpers=3).run(producer)
-    assert max(map(len, found)) - min(map(len, found)) <= 2
-
-
-@pytest.mark.parametrize("seed", range(1, 6))
-def test_who_helps_may_be_there_first(producer: ctypes.CDLL, seed: int) -> None:
-    launch = Launch([160], 3, num_helpers=2, num_late=3, late_after=30 - 3, seed=seed)
-    found = launch.run(producer)
-    assert [len(units) for units in found[:3]] == [1] * 3  # their own ones
-    assert Counter(unit for units in found for unit in units) == launch.units()
-
-
-def test_who_helps_leaves_the_ticket_where_each_unit_is_a_ctas_own(
-    producer: ctypes.CDLL,
-) -> None:
-    for num_ctas in (6, 5):  # of six units; five leave one
-        launch = Launch([32], num_ctas, num_helpers=2)
-        launch.ticket = np.full(1, 7 if num_ctas == 6 else 0, dtype=np.uint32)
-        found = launch.run(producer)
-        assert Counter(unit for units in found for unit in units) == launch.units()
-        assert sum(map(len, found[:num_ctas])) >= 5

@@ -98,7 +98,7 @@ struct Meeting {
 inline Meeting meetings[kMostCtas];
 template <int Id, int Threads>
 void sync_threads() {
-  Meeting &meeting = meetings[any_cta()];
+  Meeting &meeting = meetings[blockIdx.x];
   const int round = meeting.round;
   if (++meeting.arrived == Threads) {
     meeting = {0, round + 1};

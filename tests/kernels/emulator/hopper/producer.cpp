@@ -1,23 +1,20 @@
 // Hopper's producer on the host, with consumers that look at what it brings: test_hopper_units.py.
-// The CTAs, also those of a launch that helps, are threads of one CTA of the emulator, which run in
-// shuffled order.
+// The CTAs are threads of one CTA of the emulator, which run in shuffled order.
 #include "cuda_on_host.h"
 
 namespace {
 
 constexpr int kConsumers = 2, kCtaThreads = 128 + 32;  // whole warps
-int num_ctas, num_helping;  // CTAs of the launch that is helped come first
+int num_ctas;
 
 inline int any_thread() { return emulator::Cta::running()->thread(); }
-inline int any_cta() { return any_thread() / kCtaThreads; }
-inline bool helping() { return any_cta() >= num_ctas; }
 
 }  // namespace
 
 #undef threadIdx
 #define threadIdx (emulator::Index{any_thread() % kCtaThreads})
-#define blockIdx (emulator::Index{helping() ? any_cta() - num_ctas : any_cta()})
-#define gridDim (emulator::Index{helping() ? num_helping : num_ctas})
+#define blockIdx (emulator::Index{any_thread() / kCtaThreads})
+#define gridDim (emulator::Index{num_ctas})
 
 #include "hopper_producer.cuh"
 
@@ -61,7 +58,6 @@ struct Run {
   light_grouped_gemm_args args;
   int tokens, num_stages, num_ctas, num_scale_threads;
   int num_late, late_after;  // CTAs that begin when so many units are done
-  int num_helpers, helpers_after;  // and those of the launch that helps
   int consumer_turns;        // of all threads, that consumers let pass at each stage
   unsigned seed;
   int most_units;
@@ -119,7 +115,7 @@ void consume(Run &run, const Launch &launch, const Memory &memory) {
                        again.weight_block != unit.weight_block || again.slot != unit.slot;
       if (tells && depth + Tile::kDepth >= run.args.depth && run.num_units < run.most_units) {
         int *seen = run.units[run.num_units++];
-        const int numbers[] = {any_cta(), unit.slot, unit.first_pair, unit.num_tokens,
+        const int numbers[] = {blockIdx.x, unit.slot, unit.first_pair, unit.num_tokens,
                                unit.weight_block};
         std::copy(numbers, numbers + 5, seen);
       }
@@ -134,7 +130,6 @@ void consume(Run &run, const Launch &launch, const Memory &memory) {
 // False where threads wait for what never comes.
 extern "C" bool run_product(Run *run) {
   num_ctas = run->num_ctas;
-  num_helping = run->num_helpers;
   num_scale_threads = run->num_scale_threads;
   gathered_rows = static_cast<const char *>(run->args.rows);
   gathered_depth = run->args.depth;
@@ -146,13 +141,9 @@ extern "C" bool run_product(Run *run) {
   launch.stage.bytes += 2 * kMostScaleThreads * 8;
   launch.tokens = run->tokens;
   launch.num_stages = run->num_stages;
-  launch.args.other_ctas = num_helping;
-  Launch helping_launch = launch;
-  helping_launch.args.other_ctas = num_ctas;
-  helping_launch.args.helps = 1;
   barriers.clear();
   std::memset(shared_memory, 0, sizeof shared_memory);
-  for (int cta = 0; cta < num_ctas + num_helping; ++cta) {
+  for (int cta = 0; cta < num_ctas; ++cta) {
     meetings[cta] = {0, 0};
     const Memory memory(launch, shared_memory + cta * kCtaBytes);
     for (int i = 0; i < run->num_stages; ++i) {
@@ -160,16 +151,15 @@ extern "C" bool run_product(Run *run) {
       init_barrier(memory.empty(i), kConsumers);
     }
   }
-  const int num_threads = (num_ctas + num_helping) * kCtaThreads;
-  const bool ended = emulator::Cta(num_threads, run->seed).run([&] {
-    const int after = helping() ? run->helpers_after : any_cta() < run->num_late ? run->late_after : 0;
-    emulator::Cta::running()->wait_until([&] { return run->num_units >= after; });
-    const Launch &own = helping() ? helping_launch : launch;
-    const Memory memory(own, shared_memory + any_cta() * kCtaBytes);
+  const bool ended = emulator::Cta(num_ctas * kCtaThreads, run->seed).run([&] {
+    if (blockIdx.x < run->num_late) {
+      emulator::Cta::running()->wait_until([&] { return run->num_units >= run->late_after; });
+    }
+    const Memory memory(launch, shared_memory + blockIdx.x * kCtaBytes);
     if (threadIdx.x < 128) {
-      HopperProducer<Tile, Operand>(own, memory).run();
+      HopperProducer<Tile, Operand>(launch, memory).run();
     } else if (threadIdx.x < 128 + kConsumers) {
-      consume(*run, own, memory);
+      consume(*run, launch, memory);
     }
   });
   run->num_wrong += arrived_too_often;

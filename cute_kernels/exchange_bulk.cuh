@@ -36,12 +36,13 @@ __device__ inline void await_stores_read() {
 
 __device__ inline void await_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-// A warp's part of shared memory: stages, then their barriers, then positions of 32 tokens. Lane 0
-// copies a row's pieces in, and out to each of its positions.
+// A warp's part of shared memory: stages, then their barriers, then positions of tokens. Lane 0
+// copies a row's pieces in, and out to each of its positions. Where a token has few pairs there is
+// room for the positions of twice 32 tokens: the next ones are looked up while rows are on their way.
 struct PullRing {
   static constexpr int kStages = ring::kPullStages, kLoadsInFlight = 4;
   struct Job {
-    int token, offset, bytes;
+    int first, offset;  // the first of its positions, where the piece begins in the row
   };
   unsigned stages;
   unsigned barriers;
@@ -65,6 +66,10 @@ struct PullRing {
     __syncwarp();
   }
 
+  static __device__ int piece_bytes(const light_exchange_pull_args &args, int offset) {
+    return min(ring::kPullStageBytes, args.width_bytes - offset);
+  }
+
   __device__ void store_oldest(const light_exchange_pull_args &args) {
     const unsigned stage = stored % kStages;
     wait_barrier(barriers + 8 * stage, stored / kStages % 2);
@@ -73,11 +78,11 @@ struct PullRing {
       if (i == stage) {
         const Job job = jobs[i];
         for (int pair = 0; pair < args.chunk.num_experts_per_token; ++pair) {
-          const int position = positions[job.token * ring::kMostPairs + pair];
+          const int position = positions[job.first + pair];
           if (position >= 0) {
             store_bulk(static_cast<char *>(args.rows) +
                            (long long)position * args.width_bytes + job.offset,
-                       stages + stage * ring::kPullStageBytes, job.bytes);
+                       stages + stage * ring::kPullStageBytes, piece_bytes(args, job.offset));
           }
         }
       }
@@ -86,7 +91,7 @@ struct PullRing {
     ++stored;
   }
 
-  __device__ void load(const light_exchange_pull_args &args, const char *row, int token,
+  __device__ void load(const light_exchange_pull_args &args, const char *row, int first,
                        int offset) {
     if (turn - stored == kLoadsInFlight) {
       store_oldest(args);
@@ -94,28 +99,47 @@ struct PullRing {
     // This stage's last stores are older than those of the stages between.
     await_stores_read<kStages - kLoadsInFlight>();
     const unsigned stage = turn % kStages;
-    const int bytes = min(ring::kPullStageBytes, args.width_bytes - offset);
+    const int bytes = piece_bytes(args, offset);
 #pragma unroll
     for (int i = 0; i < kStages; ++i) {
       if (i == stage) {
-        jobs[i] = {token, offset, bytes};
+        jobs[i] = {first, offset};
       }
     }
     arrive_expecting(barriers + 8 * stage, bytes);
     load_bulk(stages + stage * ring::kPullStageBytes, row + offset, bytes, barriers + 8 * stage);
     ++turn;
   }
+
+  // What was loaded up to this turn.
+  __device__ void store_until(const light_exchange_pull_args &args, unsigned end) {
+    while (static_cast<int>(end - stored) > 0) {
+      store_oldest(args);
+    }
+  }
 };
+
+// How many tokens a warp looks up at once: as many each time.
+__device__ inline int tokens_at_once(int total, int num_warps) {
+  const int each = (total + num_warps - 1) / num_warps, times = (each + 31) / 32;
+  return times > 0 ? (each + times - 1) / times : 1;
+}
 
 __device__ void pull_bulk(const light_exchange_pull_args &args, char *shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int num_warps = gridDim.x * (blockDim.x / 32);
   PullRing ring(shared, warp);
   const light_chunk &chunk = args.chunk;
-  const int total = count_tokens(chunk);
-  const int at_once = min(32, (total + num_warps - 1) / num_warps);  // no warp is left without any
+  const int total = count_tokens(chunk), num_pairs = chunk.num_experts_per_token;
+  const int at_once = tokens_at_once(total, num_warps);
+  const bool alternates = 2 * num_pairs <= ring::kMostPairs;
+  int buffer = 0;
+  unsigned end = 0, end_before = 0;  // turns at the ends of the last looks, the last one's first
   for (int first = at_once * (blockIdx.x + gridDim.x * warp); first < total;
        first += at_once * num_warps) {
+    const int first_position = buffer * 32 * num_pairs;
+    if (lane == 0) ring.store_until(args, alternates ? end_before : end);
+    __syncwarp();
     // A lane looks a token up.
     const int last = min(total, first + at_once);
     const SourceToken from = source_of(chunk, first + lane, last);
@@ -130,7 +154,7 @@ __device__ void pull_bulk(const light_exchange_pull_args &args, char *shared) {
       if (pair < chunk.num_experts_per_token) {
         const Place place = place_of(chunk.places, from.source, choices[pair]);
         const bool here = place.rank == chunk.rank;
-        ring.positions[lane * ring::kMostPairs + pair] = here ? place.position : -1;
+        ring.positions[first_position + lane * num_pairs + pair] = here ? place.position : -1;
         if (here) {
           describe_pair(args, from, pair, place.position);
         }
@@ -146,18 +170,16 @@ __device__ void pull_bulk(const light_exchange_pull_args &args, char *shared) {
         const char *row = static_cast<const char *>(args.hidden[source]) +
                           (long long)index * args.width_bytes;
         for (int offset = 0; offset < args.width_bytes; offset += ring::kPullStageBytes) {
-          ring.load(args, row, token, offset);
+          ring.load(args, row, first_position + token * num_pairs, offset);
         }
       }
     }
-    if (lane == 0) {
-      while (ring.stored != ring.turn) {
-        ring.store_oldest(args);
-      }
-    }
-    __syncwarp();
+    end_before = end;
+    end = ring.turn;
+    if (alternates) buffer = 1 - buffer;
   }
   if (lane == 0) {
+    ring.store_until(args, ring.turn);
     await_stores();
   }
 }

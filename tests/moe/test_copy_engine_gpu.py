@@ -77,20 +77,22 @@ class Rank:
         dtype: torch.dtype,
         timeout_seconds: float = 60.0,
         max_tokens: int = MAX_TOKENS,
+        per_token: int = PER_TOKEN,
+        width: int = WIDTH,
     ) -> Rank:
         layout = ArenaLayout(
             num_ranks=communicator.num_ranks,
             max_tokens=max_tokens,
             num_experts=NUM_EXPERTS,
-            num_experts_per_token=PER_TOKEN,
-            width=WIDTH,
+            num_experts_per_token=per_token,
+            width=width,
             element_bytes=dtype.itemsize,
         )
         memory = PeerMemory(communicator, device, layout.num_bytes, road)
         lane = PeerLane(
             layout, memory, communicator.rank, 1, dtype, device, timeout_seconds, exchange_ctas=4
         )
-        weights = LayerWeights.random(0, NUM_EXPERTS, PER_TOKEN, WIDTH, EXPERT_WIDTH)
+        weights = LayerWeights.random(0, NUM_EXPERTS, per_token, width, EXPERT_WIDTH)
         return cls(communicator, device, lane, dtype, weights)
 
     def layer(
@@ -112,7 +114,8 @@ class Rank:
             peers=None if alone else self.lane,
             nearness=nearness,
         )
-        layout = ExpertLayout(WIDTH, EXPERT_WIDTH)
+        sizes = self.lane.layout
+        layout = ExpertLayout(sizes.width, EXPERT_WIDTH)
         pool = SlotPool(placement.num_slots(rank), layout, self.dtype, self.device)
         w = self.weights
         for _, expert, slot in placement.hosted(rank):
@@ -121,7 +124,9 @@ class Rank:
         experts = Experts(pool)
         layer = MoELayer(
             0,
-            Gate(w.router.to(self.device, self.dtype), PER_TOKEN, renormalize=True),
+            Gate(
+                w.router.to(self.device, self.dtype), sizes.num_experts_per_token, renormalize=True
+            ),
             LoadCounter(1, NUM_EXPERTS, self.device),
             make_dispatcher(group, 0, self.device, experts.tokens_per_tile),
             experts,
@@ -146,7 +151,7 @@ class Rank:
 
     def hidden(self, num_tokens: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        rows = torch.randn(num_tokens, WIDTH, generator=generator)
+        rows = torch.randn(num_tokens, self.lane.layout.width, generator=generator)
         return rows.to(self.device, self.dtype)
 
     def barrier(self) -> None:
@@ -361,10 +366,17 @@ def test_a_stalled_rank_is_named(road: Road, num_chunks: int) -> None:
 
 
 def _large_steps(
-    communicator: Communicator, device: torch.device, road: Road, dtype: torch.dtype
+    communicator: Communicator,
+    device: torch.device,
+    road: Road,
+    dtype: torch.dtype,
+    per_token: int,
+    width: int,
 ) -> None:
     """Steps whose rows are copied in bulk."""
-    rank = Rank.join(communicator, device, road, dtype, max_tokens=4200)
+    rank = Rank.join(
+        communicator, device, road, dtype, max_tokens=4200, per_token=per_token, width=width
+    )
     num_ranks = communicator.num_ranks
     alone, _ = rank.layer(initial_placement(1, NUM_EXPERTS, 1), "none", 1, alone=True)
     placement = placement_of(
@@ -392,10 +404,19 @@ def _large_steps(
 
 
 @pytest.mark.parametrize(
-    ("road", "dtype"),
-    [("ipc", torch.bfloat16), ("ipc", torch.float32), ("host", torch.bfloat16)],
+    ("road", "dtype", "per_token", "width"),
+    [
+        ("ipc", torch.bfloat16, PER_TOKEN, WIDTH),
+        ("ipc", torch.float32, PER_TOKEN, WIDTH),
+        ("host", torch.bfloat16, PER_TOKEN, WIDTH),
+        ("ipc", torch.bfloat16, 3, 2056),  # two pieces a row
+        ("ipc", torch.bfloat16, 12, 2056),  # too many pairs for two looks at once
+        ("ipc", torch.float16, 8, 64),
+    ],
     ids=str,
 )
-def test_large_steps_give_the_bits_of_a_rank_alone(road: Road, dtype: torch.dtype) -> None:
+def test_large_steps_give_the_bits_of_a_rank_alone(
+    road: Road, dtype: torch.dtype, per_token: int, width: int
+) -> None:
     """Over cards through shared memory, by bulk copies, where they have them."""
-    run_on_ranks(3, _large_steps, road, dtype)
+    run_on_ranks(3, _large_steps, road, dtype, per_token, width)

@@ -26,6 +26,7 @@ import protocol
 from lightmoe.balancer.gain import renumbered
 from lightmoe.balancer.migration import Costs, Migration
 from lightmoe.balancer.planner import plan
+from lightmoe.collector import settle_objects
 from lightmoe.config import LaunchConfig
 from lightmoe.core import (
     BalanceReport,
@@ -237,6 +238,7 @@ def main() -> None:
     )
     engine = Engine(started.model, started.group, limits, balancer=balancer)
     engine.start()
+    settle_objects()
     experts_per_token = read_config(find_model(options.model)).num_experts_per_tok
     workload = Workload.of(engine, batch, options.tokens, experts_per_token)
     common = {"model": options.model, "ranks": options.gpus, "summary": started.summary}

@@ -3,9 +3,9 @@
     python benchmarks/bench_moe_layer_ep.py --ranks 4 --shapes mixtral qwen3 --road ipc
 
 limit = max(compute alone, communication alone); hidden = (compute + communication - ours) /
-min(compute, communication). Every rank has as many tokens; the time is the slowest rank's. What is
-compared is timed alike, as called or as one graph: a card at the limit of its power is slower in a
-longer run.
+min(compute, communication). Every rank has as many tokens; the time is the slowest rank's. The
+limit is timed as the layer is, as called or as one graph: a card at the limit of its power is
+slower in a longer run. Naive layers are timed as called.
 """
 
 from __future__ import annotations

@@ -428,7 +428,7 @@ int route_split(const py::sequence &chunks, Address copy_ranks, Address nearness
                 int source_stride, int num_ranks, int num_experts, int num_copies, int rank,
                 int sweeps, int num_levels, Address stream) {
   light_route_split_chunks args;
-  const auto count = std::min<std::size_t>(chunks.size(), LIGHT_MAX_CHUNKS + 1);
+  const std::size_t count = chunks.size();
   for (std::size_t i = 0; i < std::min<std::size_t>(count, LIGHT_MAX_CHUNKS); ++i) {
     const auto chunk = chunks[i].cast<py::tuple>();
     const auto table = [&](int k) { return pointer<int>(chunk[k].cast<Address>()); };

@@ -3,9 +3,9 @@
 // the experts' products write each result where its token's rank adds it up. Flags that only grow
 // say what is ready. No size is known to the host, so a whole step may be one CUDA graph.
 //
-// Order between ranks: a kernel that ends before the flag kernel of its stream starts is visible to
-// a kernel that starts after the peer's wait ended. Waits and reads are kernels of their own, so
-// nothing read can be older than the flag.
+// Order between ranks: a kernel that ends before the flag kernel of its stream starts, or a copy for
+// which that stream has waited, is visible to a kernel that starts after the peer's wait ended. Waits
+// and reads are kernels of their own, so nothing read can be older than the flag.
 #include "exchange_bulk.cuh"
 #include "exchange_bulk_combine.cuh"
 #include "exchange_rows.cuh"

@@ -543,7 +543,7 @@ LIGHT_API light_status light_exchange_combine(const light_exchange_combine_args 
 LIGHT_API light_status light_exchange_count(const light_exchange_count_args *args,
                                             light_stream stream);
 
-// `count` of them that differ in tables and tiles alone.
+// `count` of them that differ in tables, route and tiles alone.
 LIGHT_API light_status light_route_split(const light_route_split_chunks *args, int count,
                                          light_stream stream);
 

@@ -22,6 +22,7 @@ import uvicorn
 from lightmoe.balancer.loop import Balancer
 from lightmoe.balancer.recorder import TraceRecorder
 from lightmoe.balancer.start import start_balancer
+from lightmoe.collector import settle_objects
 from lightmoe.config import LaunchConfig, parse_skew
 from lightmoe.core import HostTierCounts, ModelInfo, OverflowRule
 from lightmoe.engine.engine import Engine, SchedulerConfig
@@ -304,6 +305,7 @@ def serve(config: LaunchConfig, progress: Progress, announce: Callable[[str], No
         _balancer_lines(announce),
     ):
         launched = start_engine(config, progress)
+        settle_objects()
         try:
             asyncio.run(_serve(config, launched, listener, announce, started))
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
 import itertools
 import os
@@ -28,16 +27,6 @@ _PCI_BRIDGE_CLASS = "0x0604"
 _EXTENDED_CONFIG = 0x100
 _ACS_CAPABILITY = 0x000D
 _ACS_REDIRECT = 0x000C  # peer-to-peer requests and completions go up to the root
-
-
-def settle_objects() -> None:
-    """Let Python's garbage collector never look again at what has been made by now.
-
-    Else it walks all of it from time to time, a quarter of a million objects of libraries alone:
-    steps wait for a hundred milliseconds then.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

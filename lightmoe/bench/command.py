@@ -15,6 +15,7 @@ from lightmoe.bench.measure import measure
 from lightmoe.bench.report import Report, new_folder, waited
 from lightmoe.bench.sweep import NATURAL, Prompts, Sweep
 from lightmoe.bench.targets import EngineTarget, ServerTarget, Target
+from lightmoe.collector import settle_objects
 from lightmoe.config import LaunchConfig, load_recipe, parse_skew
 from lightmoe.errors import UsageError
 
@@ -170,6 +171,7 @@ def _launched(config: LaunchConfig, progress: Progress) -> Iterator[Launched]:
     from lightmoe.launch import start_engine  # Ray and more, which a running server does not need
 
     launched = start_engine(config, progress)
+    settle_objects()
     try:
         yield launched
     finally:

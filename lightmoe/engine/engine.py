@@ -47,7 +47,6 @@ from lightmoe.errors import (
     RequestError,
     ShuttingDownError,
 )
-from lightmoe.machine import settle_objects
 from lightmoe.moe.placement import Placement
 
 logger = logging.getLogger(__name__)
@@ -145,7 +144,6 @@ class Engine:
 
     def start(self) -> None:
         """Begin to run steps."""
-        settle_objects()
         self._thread.start()
 
     def submit(self, request: Request, on_output: OutputCallback) -> None:

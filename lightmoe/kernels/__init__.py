@@ -31,10 +31,8 @@ from lightmoe.kernels.quant_gemm import quant_gemm as _quant_gemm
 from lightmoe.kernels.reference import Fp8Weights, QuantizedMatrix, rms_norm, rotate, swiglu
 from lightmoe.kernels.rotary_cache import rotary_cache as _rotary_cache
 from lightmoe.kernels.route import route_chunks as _route_chunks
-from lightmoe.kernels.route import route_split as _route_split
 from lightmoe.kernels.route_reference import RouteSplit
 from lightmoe.kernels.route_reference import route_chunks as _route_chunks_on_host
-from lightmoe.kernels.route_reference import route_split as _route_split_on_host
 from lightmoe.kernels.sort_pairs import sort_chunks as _sort_chunks
 from lightmoe.kernels.sort_pairs import sort_pairs as _sort_pairs
 from lightmoe.kernels.topk_gate import route_tokens as _route_tokens
@@ -61,7 +59,6 @@ __all__ = [
     "rotary_cache",
     "rotate",
     "route_chunks",
-    "route_split",
     "route_tokens",
     "sort_chunks",
     "sort_pairs",
@@ -114,7 +111,6 @@ route_tokens = _by_tensor(_route_tokens, reference.route_tokens)
 sort_chunks = _by_tensor(_sort_chunks, reference.sort_chunks, _chosen_natively)
 sort_pairs = _by_tensor(_sort_pairs, reference.sort_pairs, _chosen_natively)
 route_chunks = _by_tensor(_route_chunks, _route_chunks_on_host, _chosen_natively)
-route_split = _by_tensor(_route_split, _route_split_on_host, _chosen_natively)
 permute = _by_tensor(_permute, reference.permute)
 permute_int8 = _by_tensor(_permute_int8, reference.permute_int8)
 permute_fp8 = _by_tensor(_permute_fp8, reference.permute_fp8)

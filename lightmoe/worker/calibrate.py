@@ -143,7 +143,7 @@ def _time_stages(
     between = fit([(size, taken / 2) for size, taken in zip(sizes, dense, strict=True)])
     fitted, cut_in_two = (
         replace(
-            _fit(sizes, times),
+            fit_stages(sizes, times),
             host=enqueuing,
             between=between,
             in_turn=not layer.experts.outpace(layer.dispatcher.operations_per_byte),
@@ -155,7 +155,8 @@ def _time_stages(
     return Stages(fitted, cut_in_two, replace(cut_in_two, combine=combine, put_off=put_off))
 
 
-def _fit(sizes: Sequence[int], times: Sequence[Sequence[float]]) -> LayerCosts:
+def fit_stages(sizes: Sequence[int], times: Sequence[Sequence[float]]) -> LayerCosts:
+    """Of seconds by token count: upload, gate, dispatch, up, down and combine of each."""
     upload, gate, dispatch, up, down, combine = (
         fit(list(zip(sizes, stage, strict=True))) for stage in zip(*times, strict=True)
     )
@@ -243,7 +244,9 @@ def _sample(
 
     marks[0].record()
     dispatcher.publish(hidden)
-    lane.wait_for_upload(0)  # beside the gate it would be in the gate's time
+    # Beside the gate it would be in the gate's time. Codes of int8 are made in it, too: what these
+    # take is hidden in the model as the upload is, and not in a step.
+    lane.wait_for_upload(0)
     marks[1].record()
     choice = layer.gate(hidden, dispatcher.pair_sort)
     (receipt,) = dispatcher.route(choice, 1)

@@ -19,9 +19,9 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from lightmoe.collector import settle_objects
 from lightmoe.core import Batch, RankInfo, StepResult
 from lightmoe.errors import LightMoEError, RankError
-from lightmoe.machine import settle_objects
 from lightmoe.worker import channel, ray_cluster
 from lightmoe.worker.config import BLOCK_SIZE, WorkerConfig
 from lightmoe.worker.ray_cluster import RayConfig

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lightmoe.errors import LightMoEError, MachineError, UsageError
-from lightmoe.kernels import library
+from lightmoe.kernels import library, route
 from tests.kernels.drivers import KERNEL, break_driver
 
 
@@ -151,6 +151,7 @@ def test_statuses_are_those_of_the_header(checkout: Path) -> None:
         ("DRIVER_ERROR", "5"),
     ]
     assert int(re.search(r"LIGHT_OPS_ABI (\d+)", header)[1]) == library.ABI
+    assert int(re.search(r"LIGHT_MAX_CHUNKS (\d+)", header)[1]) == route.MAX_CHUNKS
 
 
 def write_manifest(folder: Path, abi: int = library.ABI) -> None:

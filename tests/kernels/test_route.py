@@ -146,8 +146,16 @@ def test_segments_lead_every_pair_to_a_place_of_its_own(route: str, seed: int) -
     case = RouteCase.random(seed, 6, 12)
     if case.counts.sum() > 2000:
         return
+    offsets, copy_ranks, slots, tokens_per_tile, most_pairs = case.arguments
     splits = [
-        kernels.route_split(*case.arguments, route=route, rank=rank, nearness=case.levels)
+        kernels.route_chunks(
+            offsets.unsqueeze(0),
+            copy_ranks,
+            slots,
+            [(route, tokens_per_tile, most_pairs)],
+            rank=rank,
+            nearness=case.levels,
+        )[0]
         for rank in range(len(case.counts))
     ]
     segments = splits[0].segments.numpy()

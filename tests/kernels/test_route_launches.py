@@ -96,7 +96,7 @@ def test_a_cta_splits_a_chunk(
         ({"chunks": [chunk(), chunk(route=4)]}, "route 4, 4 sweeps"),
         ({"chunks": []}, "0 chunks, 1 to 8 may be given"),
         ({"chunks": [chunk()] * 9}, "9 chunks, 1 to 8 may be given"),
-        ({"chunks": [chunk()] * 12}, "9 chunks, 1 to 8 may be given"),
+        ({"chunks": [chunk()] * 12}, "12 chunks, 1 to 8 may be given"),
         ({"copy_ranks": 0}, "input or output is null"),
         ({"sweeps": -1}, "route 2, -1 sweeps"),
         ({"chunks": [chunk(tokens_per_tile=0)]}, "0 tokens in each of 1000 tiles"),

@@ -244,7 +244,7 @@ def _graph(communicator: Communicator, device: torch.device, road: Road, num_chu
 def _behind_each_other(
     communicator: Communicator, device: torch.device, road: Road, num_chunks: int, in_halves: bool
 ) -> None:
-    """Layers enqueued without a look at any, their hidden states freed at once and overwritten."""
+    """Layers enqueued without a look at any, hidden states overwritten as soon as they may be."""
     rank = Rank.join(communicator, device, road, torch.bfloat16)
     rank.delay_uploads()
     num_ranks, me = communicator.num_ranks, communicator.rank

@@ -162,5 +162,5 @@ def test_small_steps_are_not_cut_whatever_the_costs_say() -> None:
     assert overlap.chunks(FEWEST_TOKENS) > 1
 
 
-def test_all_chunks_are_routed_by_one_launch() -> None:
+def test_a_launch_of_the_route_takes_as_many_chunks() -> None:
     assert MAX_CHUNKS <= route.MAX_CHUNKS

@@ -318,10 +318,8 @@ def test_halves_have_the_rows_of_their_own(
 def test_a_byte_through_the_host_takes_longer(
     monkeypatch: pytest.MonkeyPatch, summed: bool, road: Road, operations: int
 ) -> None:
-    """989 TFLOP/s beside 450 or 25 GB/s; sums leave after the product."""
+    """Sums leave after the product."""
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
     lanes = open_lanes(layout(1, summed), road)
     layer, _ = layer_of(WEIGHTS, initial_placement(1, NUM_EXPERTS, 1), 0, lanes)
     assert layer.dispatcher.operations_per_byte == operations
-    bytes_per_second = {"ipc": 450e9, "host": 25e9}[road]
-    assert not operations or 989e12 / operations == pytest.approx(bytes_per_second, rel=0.02)

@@ -10,7 +10,7 @@ import pytest
 
 from lightmoe.core import Batch, SamplingStep, SequenceStep
 from lightmoe.moe.overlap_model import LayerCosts, Overlap, StageCost
-from lightmoe.worker.calibrate import Stages, decide
+from lightmoe.worker.calibrate import Stages, decide, fit_stages
 from lightmoe.worker.config import BLOCK_SIZE
 from lightmoe.worker.inputs import in_halves
 from lightmoe.worker.local_group import LocalWorkerGroup
@@ -92,6 +92,26 @@ def test_halves_where_the_exchange_is_long_and_nothing_where_it_is_short() -> No
     overlap, reason = decide(short, 8192, 116)
     assert overlap == Overlap()
     assert reason.startswith("no overlap")
+
+
+def test_an_upload_longer_than_the_gate_is_not_hidden() -> None:
+    beside = costs(2.2, 3.5, 3, 2.2)
+    overlap, _ = decide(Stages(costs(2, 2, 1, 2), beside, beside), 8192, 116)
+    slow = replace(beside, upload=StageCost(0.0, 4e-6))
+    in_vain, _ = decide(Stages(costs(2, 2, 1, 2), slow, slow), 8192, 116)
+    assert overlap.halves_from is not None
+    assert in_vain.halves_from is None
+
+
+def test_each_stage_is_fitted_to_its_own_times() -> None:
+    """Seconds of 100 and 200 tokens, stage by stage in the order of a layer."""
+    tokens = (100, 200)
+    fitted = fit_stages(
+        tokens, [[stage * count * 1e-6 for stage in range(1, 7)] for count in tokens]
+    )
+    stages = (fitted.upload, fitted.gate, fitted.dispatch, fitted.up, fitted.down, fitted.combine)
+    found = [stage.seconds_per_token for stage in stages]
+    assert found == pytest.approx([stage * 1e-6 for stage in range(1, 7)])
 
 
 def test_a_recorded_step_is_whole_and_the_reason_says_so(folder: Path) -> None:

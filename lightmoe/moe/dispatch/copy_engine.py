@@ -102,10 +102,10 @@ class CopyEngineDispatcher(Dispatcher):
             [
                 (
                     route_for(group.route, chunk.num_pairs, num_experts),
-                    self._tokens_per_tile(*most),
+                    self._tokens_per_tile(*pairs_and_groups),
                     chunk.num_pairs,
                 )
-                for chunk, most in zip(chunks, expected, strict=True)
+                for chunk, pairs_and_groups in zip(chunks, expected, strict=True)
             ],
             rank=group.rank,
             nearness=self._tables.nearness,

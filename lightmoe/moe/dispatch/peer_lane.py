@@ -181,9 +181,10 @@ class PeerLane:
 
     def _arriving(self, num_chunks: int) -> Tensor | None:
         """Have hidden states where others read them; returned if the kernel that shares does it."""
-        assert self._next_hidden is not None, "publish before share"
+        hidden, self._next_hidden = self._next_hidden, None
+        assert hidden is not None, "publish before share"
         if self.upload is None:
-            return self._put_on_card(self._next_hidden)
+            return self._put_on_card(hidden)
         assert self.upload.num_chunks == num_chunks, "the step is published in its own chunks"
         self.upload.wait(0)
         return None

@@ -64,16 +64,19 @@ class Epilogue {
       float (&sums)[Tile::kWeightAtoms][Tile::kTokenAtoms][4]) const {
     const int feature =
         unit.weight_block * (Tile::kWeightRows / 16 * kAtomFeatures) + warp_feature_;
+    unsigned short *row = find_row(unit, warp_token_);
 #pragma unroll
     for (int j = 0; j < Tile::kTokenAtoms; ++j) {
       const int token = warp_token_ + j * 8;
       if (token >= unit.num_tokens) break;
+      unsigned short *const next_row = find_row(unit, token + 8);
       weigh(unit, token, sums, j);
       if (!Tile::kSwiglu && args_.float32) {
         store_float32(unit, token, feature, sums, j);
       } else {
-        store(unit, token, feature, sums, j);
+        store(row, feature, sums, j);
       }
+      row = next_row;
     }
   }
 
@@ -97,8 +100,16 @@ class Epilogue {
     }
   }
 
-  __device__ __forceinline__ void store(const typename WorkQueue<Tile>::Unit &unit, int token,
-                                        int feature,
+  // Where the row goes that this lane stores of eight tokens from one on, asked for ahead of its
+  // use; null: nowhere.
+  __device__ __forceinline__ unsigned short *find_row(
+      const typename WorkQueue<Tile>::Unit &unit, int first_token) const {
+    const int token = first_token + threadIdx.x % 32 / 4;
+    return token < unit.num_tokens ? output_row(args_, unit.first_pair + token) : nullptr;
+  }
+
+  // Null: of no token.
+  __device__ __forceinline__ void store(unsigned short *row, int feature,
                                         float (&sums)[Tile::kWeightAtoms][Tile::kTokenAtoms][4],
                                         int j) const {
     unsigned blocks[kBlocks];
@@ -114,9 +125,7 @@ class Epilogue {
     }
     // Now this lane holds token `lane / 4` of the eight, and features 2t, 2t + 1 of each block.
     const int lane = threadIdx.x % 32;
-    const bool stored = token + lane / 4 < unit.num_tokens;
-    unsigned short *row =
-        stored ? output_row(args_, unit.first_pair + token + lane / 4) : nullptr;
+    const bool stored = row != nullptr;
     if constexpr (kBlocks % 4 == 0) {
 #pragma unroll
       for (int i = 0; i < kBlocks; i += 4) {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightmoe.kernels.library import Library, address
-from lightmoe.kernels.products import Plan, Scratch
+from lightmoe.kernels.products import Plan, split_scratch
 from lightmoe.kernels.tiles import Tile, candidates
 from lightmoe.quant.fragments import PackedMatrix
 
@@ -81,14 +81,16 @@ class Launch:
         tile, splits = self.tile, f"_k{self.depth_splits}" if self.depth_splits > 1 else ""
         return tile.name + (f"_t{tile.tokens}_s{tile.stages}" if tile.limit else "") + splits
 
-    def scratch(self, library: Library, groups: Groups, weight_rows: int, rows: Tensor) -> Scratch:
+    def scratch(
+        self, library: Library, groups: Groups, weight_rows: int, rows: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Memory for partial sums and tickets, to be kept until the launch is enqueued."""
         sizes = (groups.num_pairs, len(groups.offsets) - 1, weight_rows, self.depth_splits)
         plan = Plan(self.tile, self.tile.fields)
         if self.depth_splits > 1:
             needs = library.split_needs(self.tile.fields, *sizes)
             plan = Plan(self.tile, self.tile.fields, self.depth_splits, *needs)
-        return Scratch(plan, rows.device)
+        return split_scratch(plan, rows.device)
 
 
 def grouped_gemm(
@@ -103,7 +105,7 @@ def grouped_gemm(
     swiglu: bool,
 ) -> None:
     """output[p] = rows[pair_row[p]] @ weights[expert of p].T, SwiGLU of it where said."""
-    scratch = launch.scratch(library, groups, weights.shape[1], rows)
+    sums, tickets = launch.scratch(library, groups, weights.shape[1], rows)
     library.launch(
         "grouped_gemm",
         rows.device,
@@ -112,7 +114,9 @@ def grouped_gemm(
         depth=weights.shape[2],
         swiglu=swiglu,
         **_common(launch, rows, groups, pair_row, output),
-        **scratch.arguments,
+        split_sums=address(sums),
+        split_tickets=address(tickets),
+        depth_splits=launch.depth_splits,
     )
 
 
@@ -127,7 +131,7 @@ def quant_gemm(
 ) -> None:
     """The same from packed experts, whose codes and scales are views of one blob a slot."""
     weight_rows = weights.num_features * (2 if weights.swiglu else 1)
-    scratch = launch.scratch(library, groups, weight_rows, rows)
+    sums, tickets = launch.scratch(library, groups, weight_rows, rows)
     library.launch(
         "quant_gemm",
         rows.device,
@@ -140,7 +144,9 @@ def quant_gemm(
         num_bits=weights.num_bits,
         group_size=weights.group_size,
         **_common(launch, rows, groups, pair_row, output),
-        **scratch.arguments,
+        split_sums=address(sums),
+        split_tickets=address(tickets),
+        depth_splits=launch.depth_splits,
     )
 
 

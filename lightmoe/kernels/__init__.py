@@ -129,6 +129,8 @@ def grouped_product(
 ) -> Callable[..., Tensor]:
     """grouped_gemm with weights that stay: it takes the rows, then the rest, and costs less."""
     native = GroupedProduct(weights, swiglu=swiglu, deterministic=deterministic)
+    if is_native(weights):
+        return native
 
     def specification(rows: Tensor, *rest: Any, **options: Any) -> Tensor:
         return reference.grouped_gemm(rows, weights, *rest, swiglu=swiglu, **options)

@@ -78,8 +78,15 @@ def require_aligned(stem: str, name: str, tensor: Tensor) -> None:
 
 def require_cuda(stem: str, **tensors: Tensor | None) -> None:
     """UsageError unless all of them (None is left out) are on one GPU."""
-    numbers = {tensor.get_device() for tensor in tensors.values() if tensor is not None}
-    if len(numbers) == 1 and min(numbers) >= 0:
+    first: int | None = None
+    for tensor in tensors.values():
+        if tensor is None:
+            continue
+        number = tensor.get_device()  # -1: the host
+        first = number if first is None else first
+        if number != first or number < 0:
+            break
+    else:
         return
     device: torch.device | None = None
     for name, tensor in tensors.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -21,11 +23,11 @@ from lightmoe.kernels.permute import permute
 from lightmoe.kernels.products import (
     GroupFields,
     Plan,
-    Scratch,
     check_groups,
     check_rows,
     group_fields,
     plan_product,
+    split_scratch,
     unit_ticket,
 )
 
@@ -125,7 +127,7 @@ class GroupedProduct:
         if output_rows is not None:
             require_shape(_STEM, "output_rows", output_rows, num_pairs)
             require_dtype(_STEM, "output_rows", output_rows, torch.int64)
-            output = rows.new_empty(0, num_features)
+            output = self._no_rows
         elif output is None:
             output = rows.new_empty(num_pairs, num_features)
         else:
@@ -156,9 +158,14 @@ class GroupedProduct:
         )
         return output
 
-    @property
+    @functools.cached_property
     def _num_features(self) -> int:
         return self._weights.shape[1] // (2 if self._swiglu else 1)
+
+    @functools.cached_property
+    def _no_rows(self) -> Tensor:
+        """What is returned where rows go to addresses: [0, N]."""
+        return self._weights.new_empty(0, self._num_features)
 
     def _check(self, rows: Tensor, num_rows: int | None) -> None:
         """UsageError unless rows [num_rows, D] and the weights fit each other."""
@@ -238,13 +245,14 @@ def launch_product(
     groups_settled: bool = False,
 ) -> None:
     """Enqueue the kernel. Everything has been checked."""
-    scratch = Scratch(plan, rows.device)
+    device = rows.device
+    split_sums, split_tickets = split_scratch(plan, device)
     # Who bounds the CTAs has other kernels beside them, which make some of them start late.
     claims = max_ctas is not None or groups[-1] >= _CLAIMED_PAIRS
-    ticket = unit_ticket(rows.device) if claims and plan.tile.limit else None
+    ticket = unit_ticket(device) if claims and plan.tile.limit else None
     library().launch(
         _STEM,
-        rows.device,
+        device,
         groups=groups,
         tile=plan.tile_fields,
         dtype=HALF_DTYPES[rows.dtype],
@@ -262,5 +270,7 @@ def launch_product(
         max_ctas=max_ctas or 0,
         groups_settled=groups_settled,
         unit_ticket=address(ticket),
-        **scratch.arguments,
+        split_sums=address(split_sums),
+        split_tickets=address(split_tickets),
+        depth_splits=plan.depth_splits,
     )

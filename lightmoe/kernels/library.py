@@ -49,7 +49,7 @@ class Library:
         self.manifest = manifest
         self.architecture = architecture
         self._binding = binding
-        self._stems = {stem: _Stem(binding, stem) for stem in binding.parameters}
+        self._launches = {stem: _launch_of(binding, stem) for stem in binding.parameters}
         self._architectures: dict[int, str] = {}
         self._bound = _Bound()
         self.reopen()
@@ -63,7 +63,8 @@ class Library:
         index = _index(device)
         if index not in self._architectures:
             with torch.cuda.device(index):
-                self._bind(index)
+                if not self._bound.context:
+                    self._bind(index)
                 answer = self._binding.architecture()
             if isinstance(answer, int):
                 self._check(answer)
@@ -79,13 +80,16 @@ class Library:
         index = here if device.index is None else device.index
         # As torch's compiler asks for it: torch.cuda.current_stream takes longer than the launch.
         arguments["stream"] = torch._C._cuda_getCurrentRawStream(index)
-        enqueue = self._stems[stem].enqueue
+        enqueue = self._launches[stem]
         if index == here:
-            self._bind(index)
-            self._check(enqueue(arguments))
-            return
-        with torch.cuda.device(index):
-            self._check(enqueue(arguments))
+            if not self._bound.context:
+                self._bind(index)
+            status = enqueue(arguments)
+        else:
+            with torch.cuda.device(index):
+                status = enqueue(arguments)
+        if status:
+            self._check(status)
 
     def split_needs(
         self,
@@ -107,9 +111,8 @@ class Library:
 
     def _bind(self, index: int) -> None:
         """Give this thread a context, as the CUDA runtime does only at a thread's first call."""
-        if not self._bound.context:
-            self._check(self._binding.bind_device(index))
-            self._bound.context = True
+        self._check(self._binding.bind_device(index))
+        self._bound.context = True
 
     def _check(self, status: int) -> None:
         if status:
@@ -122,20 +125,21 @@ class _Bound(threading.local):
     context = False
 
 
-class _Stem:
-    """A launch of the binding, which takes arguments by position in half the time of names."""
+def _launch_of(binding: Any, stem: str) -> Callable[[dict[str, object]], int]:
+    """A launch of the binding, which takes arguments by position in half the time of names.
 
-    def __init__(self, binding: Any, stem: str) -> None:
-        names = binding.parameters[stem]
-        self._function: Callable[..., int] = getattr(binding, stem)
-        self._in_order = operator.itemgetter(*names)
-        self._num_arguments = len(names)
+    It returns its status. Arguments that have a default may be left out.
+    """
+    names = binding.parameters[stem]
+    function: Callable[..., int] = getattr(binding, stem)
+    in_order, num_arguments = operator.itemgetter(*names), len(names)
 
-    def enqueue(self, arguments: dict[str, object]) -> int:
-        """The launch's status. Arguments that have a default may be left out."""
-        if len(arguments) == self._num_arguments:
-            return self._function(*self._in_order(arguments))
-        return self._function(**arguments)
+    def enqueue(arguments: dict[str, object]) -> int:
+        if len(arguments) == num_arguments:
+            return function(*in_order(arguments))
+        return function(**arguments)
+
+    return enqueue
 
 
 def error_of(status: int, text: str) -> LightMoEError:

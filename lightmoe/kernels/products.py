@@ -128,29 +128,12 @@ def _plan(
     return Plan(tile, tile.fields, depth_splits, *needs)
 
 
-class Scratch:
-    """What a launch of a plan needs beside its operands; keep it until the launch is enqueued.
-
-    `arguments` are those of the binding.
-    """
-
-    __slots__ = ("_memory", "arguments")
-
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        if plan.depth_splits == 1:
-            self.arguments = _NO_SPLITS
-            return
-        sums = torch.empty(plan.sums_bytes, dtype=torch.uint8, device=device)
-        tickets = _tickets(plan.num_tickets, device)
-        self._memory = (sums, tickets)
-        self.arguments = {
-            "split_sums": address(sums),
-            "split_tickets": address(tickets),
-            "depth_splits": plan.depth_splits,
-        }
-
-
-_NO_SPLITS = {"split_sums": 0, "split_tickets": 0, "depth_splits": 1}
+def split_scratch(plan: Plan, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Sums and tickets of a launch that is split; keep them until it is enqueued."""
+    if plan.depth_splits == 1:
+        return None, None
+    sums = torch.empty(plan.sums_bytes, dtype=torch.uint8, device=device)
+    return sums, _tickets(plan.num_tickets, device)
 
 
 def make_room_on_stream(device: torch.device) -> None:
@@ -164,7 +147,7 @@ def unit_ticket(device: torch.device) -> Tensor:
     return _tickets(1, device)
 
 
-_tickets_of_stream: dict[tuple[torch.device, int], list[Tensor]] = {}
+_tickets_of_stream: dict[tuple[int, int], list[Tensor]] = {}
 
 
 def _tickets(count: int, device: torch.device) -> Tensor:
@@ -173,20 +156,21 @@ def _tickets(count: int, device: torch.device) -> Tensor:
     A graph keeps the addresses it was captured with, so none is freed when larger ones are needed.
     In a capture only memory that exists is shared: what is made there, that graph alone zeroes.
     """
-    tables = _tickets_of_stream.setdefault((device, raw_stream(device)), [])
-    if tables and len(tables[-1]) >= count:
+    key = (device.index, raw_stream(device))
+    tables = _tickets_of_stream.get(key)
+    if tables is not None and tables[-1].shape[0] >= count:
         return tables[-1]
     zeros = torch.zeros(2 * count, dtype=torch.int32, device=device)
     if not torch.cuda.is_current_stream_capturing():
-        tables.append(zeros)
+        _tickets_of_stream.setdefault(key, []).append(zeros)
     return zeros
 
 
 def group_fields(groups: PairGroups) -> GroupFields:
     """The tables of groups on a GPU as light_pair_groups."""
     return (
-        address(groups.slots),
-        address(groups.offsets),
+        groups.slots.data_ptr(),
+        groups.offsets.data_ptr(),
         address(groups.tile_offsets),
         address(groups.tile_groups),
         groups.slots.shape[0],

@@ -8,7 +8,7 @@ from lightmoe.errors import UsageError
 from lightmoe.kernels.checks import HALF_DTYPES, require_cuda, require_dtype, require_shape
 from lightmoe.kernels.groups import PairGroups
 from lightmoe.kernels.library import address, library
-from lightmoe.kernels.products import Plan, Scratch, check_pairs, group_fields, plan_product
+from lightmoe.kernels.products import Plan, check_pairs, group_fields, plan_product, split_scratch
 from lightmoe.kernels.reference import QuantizedMatrix
 
 _STEM = "quant_gemm"
@@ -54,7 +54,7 @@ def quant_gemm(
         deterministic=deterministic,
         tokens_per_tile=groups.tokens_per_tile,
     )
-    scratch = Scratch(plan, rows.device)
+    split_sums, split_tickets = split_scratch(plan, rows.device)
     library().launch(
         _STEM,
         rows.device,
@@ -77,7 +77,9 @@ def quant_gemm(
         group_size=experts.group_size,
         max_ctas=max_ctas or 0,
         groups_settled=groups_settled,
-        **scratch.arguments,
+        split_sums=address(split_sums),
+        split_tickets=address(split_tickets),
+        depth_splits=plan.depth_splits,
     )
     return output
 

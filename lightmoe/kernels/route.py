@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -71,7 +74,8 @@ def route_chunks(
 ) -> list[RouteSplit]:
     """route_split of each chunk, in one launch: source_offsets int32 [C, W, E + 1]."""
     require_shape(_STEM, "source_offsets", source_offsets, len(chunks), None, None)
-    num_ranks, num_experts = source_offsets.shape[1], source_offsets.shape[2] - 1
+    _, num_ranks, num_offsets = source_offsets.shape
+    num_experts = num_offsets - 1
     require_shape(_STEM, "copy_ranks", copy_ranks, num_experts, None)
     require_shape(_STEM, "slots", slots, num_experts)
     tensors = {"source_offsets": source_offsets, "copy_ranks": copy_ranks, "slots": slots}
@@ -82,30 +86,23 @@ def route_chunks(
     for name, tensor in tensors.items():
         require_dtype(_STEM, name, tensor, torch.int32)
     num_copies = copy_ranks.shape[1]
-    _check_sizes(num_ranks, num_experts, num_copies, rank, len(chunks))
-    for route, tokens_per_tile, max_pairs in chunks:
-        _check_choices(route, sweeps, tokens_per_tile, max_pairs)
-    if source_offsets.stride(2) != 1 or not copy_ranks.is_contiguous():
+    plan = _plan(num_ranks, num_experts, num_copies, rank, sweeps, tuple(chunks))
+    chunk_stride, source_stride, stride = source_offsets.stride()
+    if stride != 1 or not copy_ranks.is_contiguous():
         raise UsageError(f"{_STEM}: rows of source_offsets or copy_ranks have gaps; give a copy")
     require_cuda(_STEM, **tensors)
-    made = _room_for(chunks, source_offsets, num_copies)
-    first, step = address(source_offsets), 4 * source_offsets.stride(0)
+    memory = torch.empty(plan.num_integers, dtype=torch.int32, device=source_offsets.device)
+    first, begin = address(source_offsets), address(memory)
     library().launch(
         _STEM,
         source_offsets.device,
         chunks=[
-            (
-                first + step * number,
-                *tables.addresses,
-                ROUTE_NUMBERS[route],
-                tokens,
-                tables.most_tiles,
-            )
-            for number, (tables, (route, tokens, _)) in enumerate(zip(made, chunks, strict=True))
+            (first + 4 * chunk_stride * number, *[begin + table for table in tables], *how)
+            for number, (tables, how) in enumerate(plan.chunks)
         ],
         copy_ranks=address(copy_ranks),
         nearness=address(nearness),
-        source_stride=source_offsets.stride(1),
+        source_stride=source_stride,
         num_ranks=num_ranks,
         num_experts=num_experts,
         num_copies=num_copies,
@@ -113,49 +110,61 @@ def route_chunks(
         sweeps=sweeps,
         num_levels=0 if nearness is None else len(nearness),
     )
+    made = torch.split_with_sizes(memory, plan.sizes)
+    all_segments, others = made[: len(chunks)], iter(made[len(chunks) :])
     return [
         RouteSplit(
-            tables.segments.view(num_ranks, num_experts, num_copies, 2),
-            PairGroups(
-                slots, tables.offsets, tables.tile_offsets, tables.tile_groups, tokens, max_pairs
-            ),
-            tables.rank_pairs,
+            segments.view(plan.segments_shape),
+            PairGroups(slots, offsets, tile_offsets, tile_groups, tokens, max_pairs),
+            rank_pairs,
         )
-        for tables, (_, tokens, max_pairs) in zip(made, chunks, strict=True)
+        for segments, offsets, tile_offsets, tile_groups, rank_pairs, (_, tokens, max_pairs) in zip(
+            all_segments, others, others, others, others, chunks, strict=True
+        )
     ]
 
 
-class _Tables(NamedTuple):
-    """What is written of a chunk, in the order of the binding."""
+@dataclass(frozen=True)
+class _Plan:
+    """What is written, one table of integers behind the other, and how each chunk is split.
 
-    segments: Tensor
-    offsets: Tensor
-    tile_offsets: Tensor
-    tile_groups: Tensor
-    rank_pairs: Tensor
+    First each chunk's segments [*segments_shape], then of each its offsets, tile_offsets,
+    tile_groups and rank_pairs. `chunks`: where the five begin, in bytes, then the number of the
+    route, the tokens of a tile and the most tiles.
+    """
 
-    @property
-    def addresses(self) -> tuple[int, ...]:
-        return tuple(map(address, self))
-
-    @property
-    def most_tiles(self) -> int:
-        return len(self.tile_groups)
+    segments_shape: tuple[int, ...]
+    sizes: list[int]
+    num_integers: int
+    chunks: list[tuple[tuple[int, ...], tuple[int, int, int]]]
 
 
-def _room_for(
-    chunks: Sequence[ChunkToSplit], source_offsets: Tensor, num_copies: int
-) -> list[_Tables]:
-    num_ranks, num_experts = source_offsets.shape[1], source_offsets.shape[2] - 1
+@functools.lru_cache(maxsize=1024)  # the layers of a step ask for the same
+def _plan(
+    num_ranks: int,
+    num_experts: int,
+    num_copies: int,
+    rank: int,
+    sweeps: int,
+    chunks: tuple[ChunkToSplit, ...],
+) -> _Plan:
+    """UsageError names what the kernel does not take."""
+    _check_sizes(num_ranks, num_experts, num_copies, rank, len(chunks))
+    for chunk in chunks:
+        _check_choices(sweeps, *chunk)
+    shape = (num_ranks, num_experts, num_copies, 2)
     # In front, where their pairs of integers are aligned.
-    sizes = [2 * num_ranks * num_experts * num_copies] * len(chunks)
-    for _, tokens_per_tile, max_pairs in chunks:
+    sizes = [math.prod(shape)] * len(chunks)
+    how = []
+    for route, tokens_per_tile, max_pairs in chunks:
         # One where there are no pairs: memory of no size has no address.
         most_tiles = max(1, max_pairs // tokens_per_tile + min(num_experts, max_pairs))
         sizes += [num_experts + 1, num_experts + 1, most_tiles, num_ranks]
-    memory = torch.empty(sum(sizes), dtype=torch.int32, device=source_offsets.device).split(sizes)
-    segments, others = memory[: len(chunks)], iter(memory[len(chunks) :])
-    return [_Tables(*tables) for tables in zip(segments, *[others] * 4, strict=True)]
+        how.append((ROUTE_NUMBERS[route], tokens_per_tile, most_tiles))
+    *begins, num_bytes = (4 * size for size in itertools.accumulate(sizes, initial=0))
+    segments, others = begins[: len(chunks)], iter(begins[len(chunks) :])
+    tables = zip(segments, others, others, others, others, strict=True)
+    return _Plan(shape, sizes, num_bytes // 4, list(zip(tables, how, strict=True)))
 
 
 def _check_sizes(
@@ -179,7 +188,7 @@ def _check_levels(nearness: Tensor) -> None:
         )
 
 
-def _check_choices(route: str, sweeps: int, tokens_per_tile: int, max_pairs: int) -> None:
+def _check_choices(sweeps: int, route: str, tokens_per_tile: int, max_pairs: int) -> None:
     if route not in ROUTE_NUMBERS:
         raise UsageError(f"{_STEM}: route {route!r} is unknown; give one of {list(ROUTE_NUMBERS)}")
     if sweeps < 0:

@@ -269,7 +269,7 @@ def _meet(
         sources[source] = left
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RouteSplit:
     """Where every pair of all ranks goes, and what comes to this rank.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,30 +71,32 @@ def sort_chunks(
     num_tokens, per_token = experts.shape
     counts = [chunk.stop - chunk.start for chunk in chunks]
     assert sum(counts) == num_tokens, "chunks have all tokens"
-    num_pairs, num_offsets = num_tokens * per_token, len(chunks) * (num_experts + 1)
     most_pairs = max(counts) * per_token
     most_tiles = most_pairs // _ANY_TILE + min(num_experts, most_pairs)
+    indices = torch.empty_like(experts)
+    num_offsets, device = num_experts + 1, experts.device
+    offsets = torch.empty(len(chunks), num_offsets, dtype=torch.int32, device=device)
     # What nobody reads, rows and tiles, is the same for all chunks: their sorts do not overlap.
-    sizes = (num_pairs, num_offsets, most_pairs, num_experts + 1, most_tiles)
-    memory = torch.empty(sum(sizes), dtype=torch.int32, device=experts.device)
-    begin, workspace = address(memory), workspace_of(experts.device)
-    indices, offsets, rows, tile_offsets, tile_groups, _ = (
-        begin + 4 * size for size in itertools.accumulate(sizes, initial=0)
-    )
+    sizes = (most_pairs, num_offsets, most_tiles)
+    unread = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+    rows, workspace = address(unread), workspace_of(device)
+    tile_offsets = rows + 4 * most_pairs
+    tile_groups = tile_offsets + 4 * num_offsets
+    first_index, first_offset = address(indices), address(offsets)
     chosen = address(experts)
     kept = (address(workspace), workspace.numel())
     for number, (chunk, count) in enumerate(zip(chunks, counts, strict=True)):
         first = 4 * per_token * chunk.start
         library().launch(
             _STEM,
-            experts.device,
+            device,
             experts=chosen + first,
             weights=0,
             sort=(
                 rows,
-                indices + first,
+                first_index + first,
                 0,
-                offsets + 4 * number * (num_experts + 1),
+                first_offset + 4 * number * num_offsets,
                 0,
                 tile_offsets,
                 tile_groups,
@@ -107,8 +108,7 @@ def sort_chunks(
             ),
             max_ctas=0,
         )
-    shared = memory[num_pairs : num_pairs + num_offsets].view(len(chunks), num_experts + 1)
-    return shared, memory[:num_pairs].view(num_tokens, per_token)
+    return offsets, indices
 
 
 def _check_experts(experts: Tensor, num_experts: int) -> None:

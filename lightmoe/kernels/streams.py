@@ -20,7 +20,7 @@ class on_stream:  # noqa: N801  (as torch.cuda.stream)
     """What torch.cuda.stream does where the current stream is known: a layer does it ten times.
 
     That one asks for the device and for its current stream each time, which takes longer than a
-    launch.
+    launch. Nothing where the stream is the current one.
     """
 
     __slots__ = ("_current", "_stream")
@@ -29,10 +29,12 @@ class on_stream:  # noqa: N801  (as torch.cuda.stream)
         self._stream, self._current = stream, current
 
     def __enter__(self) -> None:
-        torch.cuda.set_stream(self._stream)
+        if self._stream is not self._current:
+            torch.cuda.set_stream(self._stream)
 
     def __exit__(self, *failure: object) -> None:
-        torch.cuda.set_stream(self._current)
+        if self._stream is not self._current:
+            torch.cuda.set_stream(self._current)
 
 
 def follow(stream: torch.cuda.Stream, other: torch.cuda.Stream) -> None:

@@ -109,13 +109,12 @@ def _overlapped(
     added = None if shared_expert is None else shared_expert(hidden)
     up_ctas = alone
     for index, receipt in enumerate(receipts):
-        with on_stream(exchange, compute):
-            if at_once and 0 < index < last:
-                exchange_both(index + 1)
-            elif not put_off and index:
-                combine(index - 1, index)
-            elif put_off and index == last:
-                combine(0, last)
+        if index == last or (index and not put_off):
+            with on_stream(exchange, compute):
+                if at_once and index < last:
+                    exchange_both(index + 1)
+                else:
+                    combine(0 if put_off else index - 1, index)
         rows, arrived = arriving[index]
         compute.wait_event(arrived)
         with span("experts", chunk=index):
@@ -131,7 +130,8 @@ def _overlapped(
             given = dispatcher.output_of(receipt)
             down = experts.down(inners[index], receipt, output=given, max_ctas=down_ctas)
         results.append(down)
-        follow(exchange, beside)
+        if index >= last - 1 or not put_off:
+            follow(exchange, beside)
     with on_stream(exchange, compute):
         combine(last, num_chunks)
     follow(compute, exchange)

@@ -225,6 +225,6 @@ def assert_close(actual: Tensor, expected: Tensor, most_error: float) -> None:
 def assert_tickets_are_zero() -> None:
     """Split products of the current stream have left their tickets as they found them."""
     stream = torch.cuda.current_stream()
-    tables = products._tickets_of_stream[stream.device, stream.cuda_stream]
+    tables = products._tickets_of_stream[stream.device_index, stream.cuda_stream]
     assert tables
     assert not any(table.any() for table in tables)

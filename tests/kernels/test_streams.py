@@ -82,3 +82,14 @@ def test_the_current_stream_comes_back_after_a_failure(monkeypatch: pytest.Monke
         fail()
 
     assert current == ["other", "mine"]
+
+
+def test_the_current_stream_is_not_set_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_stream", current.append)
+    name: Any = "mine"
+
+    with streams.on_stream(name, name):
+        assert current == []
+
+    assert current == []

@@ -23,7 +23,7 @@ from lightmoe.moe.dispatch.pair_counter import PairCounter
 def test_pairs_of_all_chunks_count(layers: list[int], wanted: list[int]) -> None:
     counter = PairCounter(3, torch.device("cpu"))
     for number, layer in enumerate(layers, 1):
-        counter.note(layer, torch.tensor([number], dtype=torch.int32))
+        counter.note(layer, torch.tensor([0, number // 2, number], dtype=torch.int32))
 
     counter.count()
 

@@ -33,7 +33,7 @@ def test_the_chunks_of_a_step_have_all_tokens_and_rows_of_their_own(
 ) -> None:
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
     lane = open_lanes(LAYOUT, road)[2]
-    chunks = lane.chunks_of_step(TOKENS, num_chunks, TOKENS[2], False)
+    chunks = lane.step(TOKENS, num_chunks, TOKENS[2], False).chunks
 
     for number, chunk in enumerate(chunks):
         spans = [chunk_of(tokens, number, num_chunks) for tokens in TOKENS]
@@ -53,10 +53,28 @@ def test_the_chunks_of_a_step_have_all_tokens_and_rows_of_their_own(
 
 
 def test_all_layers_of_a_step_share_its_chunks(lane: PeerLane) -> None:
-    chunks = lane.chunks_of_step(TOKENS, 2, 16, False)
+    step = lane.step(TOKENS, 2, 16, False)
 
-    assert lane.chunks_of_step(TOKENS, 2, 16, False) is chunks
-    (padded,) = lane.chunks_of_step((1, 1, 1), 1, 4, True)
+    assert lane.step(TOKENS, 2, 16, False) is step
+    (padded,) = lane.step((1, 1, 1), 1, 4, True).chunks
     assert padded.tokens == slice(0, 4)
     assert padded.dispatch_ctas == padded.combine_ctas == lane.exchange_ctas
-    assert lane.chunks_of_step(TOKENS, 2, 16, False) is not chunks
+    assert lane.step(TOKENS, 2, 16, False) is not step
+
+
+def test_what_layers_find_out_of_a_step_is_theirs_who_hold_as_many_experts(lane: PeerLane) -> None:
+    step, asked = lane.step(TOKENS, 2, 16, False), []
+
+    def tokens_per_tile(num_pairs: int, num_groups: int) -> int:
+        asked.append((num_pairs, num_groups))
+        return 8 * num_groups
+
+    first, again = (step.to_split("even", 2, tokens_per_tile) for _ in range(2))
+    none_held, _ = step.to_split("even", 0, tokens_per_tile)
+
+    sizes = [(chunk.expected_pairs, 2) for chunk in step.chunks]
+    assert first == ([("even", 16, chunk.num_pairs) for chunk in step.chunks], sizes)
+    assert again is first
+    assert asked == [*sizes, *((num_pairs, 1) for num_pairs, _ in sizes)]
+    assert [tokens for _, tokens, _ in none_held] == [8, 8]
+    assert step.to_split("none", 2, tokens_per_tile) is not first

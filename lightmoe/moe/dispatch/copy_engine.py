@@ -20,10 +20,9 @@ from lightmoe.distributed.peers import Road
 from lightmoe.kernels.exchange import COUNTED_PAIRS, Chunk, Places
 from lightmoe.moe.dispatch.base import Dispatcher, ExpertGroup, Receipt, TokensPerTile
 from lightmoe.moe.dispatch.peer_lane import PeerLane
-from lightmoe.moe.dispatch.peer_receipt import ChunkOfStep, PeerReceipt
+from lightmoe.moe.dispatch.peer_receipt import ChunkOfStep, PeerReceipt, Step
 from lightmoe.moe.gate import Choice
 from lightmoe.moe.overlap_model import MAX_CHUNKS
-from lightmoe.moe.route import route_for
 
 _OPERATIONS_PER_BYTE: dict[Road, float] = {"ipc": 2200.0, "host": 40_000.0}
 """989 TFLOP/s of H100 and H200, and 450 GB/s over NVLink, or the 25 GB/s that each of four cards
@@ -70,13 +69,13 @@ class CopyEngineDispatcher(Dispatcher):
         num_tokens = group.tokens_per_rank[group.rank]
         experts = choice.experts.to(torch.int32)
         num_rows, per_token = experts.shape
-        chunks = lane.chunks_of_step(group.tokens_per_rank, num_chunks, num_rows, group.in_halves)
+        step = lane.step(group.tokens_per_rank, num_chunks, num_rows, group.in_halves)
         if num_chunks == 1 and num_tokens * per_token <= COUNTED_PAIRS:
             prefixes = pair_index = None
         else:
             assert num_rows == num_tokens, "only small steps are padded"
             prefixes, pair_index = kernels.sort_chunks(
-                experts, lane.layout.num_experts, [chunk.tokens for chunk in chunks]
+                experts, lane.layout.num_experts, step.tokens
             )
         lane.share(
             experts,
@@ -88,35 +87,26 @@ class CopyEngineDispatcher(Dispatcher):
             group.num_real,
             self._load,
         )
-        return self._receipts(chunks)
+        return self._receipts(step)
 
-    def _receipts(self, chunks: Sequence[ChunkOfStep]) -> list[PeerReceipt]:
-        group, lane = self._group, self._lane
-        num_experts = lane.layout.num_experts
-        held = max(1, self._tables.num_held[self._layer])
-        expected = [(chunk.expected_pairs, held) for chunk in chunks]
+    def _receipts(self, step: Step) -> list[PeerReceipt]:
+        num_held = self._tables.num_held[self._layer]
+        chunks, expected = step.to_split(self._group.route, num_held, self._tokens_per_tile)
         splits = kernels.route_chunks(
-            lane.prefixes[: len(chunks)],
+            step.prefixes,
             self._copy_ranks,
             self._slots,
-            [
-                (
-                    route_for(group.route, chunk.num_pairs, num_experts),
-                    self._tokens_per_tile(*pairs_and_groups),
-                    chunk.num_pairs,
-                )
-                for chunk, pairs_and_groups in zip(chunks, expected, strict=True)
-            ],
-            rank=group.rank,
+            chunks,
+            rank=self._group.rank,
             nearness=self._tables.nearness,
         )
-        return list(map(self._receipt, chunks, splits, expected))
+        return list(map(self._receipt, step.chunks, splits, expected))
 
     def _receipt(
         self, chunk: ChunkOfStep, split: kernels.RouteSplit, expected: tuple[int, int]
     ) -> PeerReceipt:
         group, lane = self._group, self._lane
-        lane.pair_counter.note(self._layer, split.groups.offsets[-1:])
+        lane.pair_counter.note(self._layer, split.groups.offsets)
         return PeerReceipt(
             tokens=chunk.tokens,
             groups=split.groups,

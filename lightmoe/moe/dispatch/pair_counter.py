@@ -13,16 +13,17 @@ class PairCounter:
         self._counts = torch.zeros(num_layers, dtype=torch.int32, device=device)
         self._noted: list[tuple[int, Tensor]] = []
 
-    def note(self, layer: int, count: Tensor) -> None:
-        """int32 [1]: pairs of one of this step's chunks."""
-        self._noted.append((layer, count))
+    def note(self, layer: int, offsets: Tensor) -> None:
+        """int32 [G + 1], of groups of one of this step's chunks: the last is how many pairs."""
+        self._noted.append((layer, offsets))
 
     def count(self) -> None:
         """Add up what was noted; part of the step, so also of its graph."""
         noted, self._noted = self._noted, []
         if noted:
             layers = [layer for layer, _ in noted]
-            counts = torch.cat([count for _, count in noted])
+            offsets = torch.cat([offsets for _, offsets in noted])
+            counts = offsets.view(len(noted), -1)[:, -1]
             num_layers = len(self._counts)
             num_chunks = len(noted) // num_layers
             if layers == [layer for layer in range(num_layers) for _ in range(num_chunks)]:

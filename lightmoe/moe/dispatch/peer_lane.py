@@ -24,7 +24,7 @@ from lightmoe.kernels.exchange import Flags, give
 from lightmoe.kernels.library import address
 from lightmoe.moe.dispatch.arena import ArenaLayout, view_arena
 from lightmoe.moe.dispatch.pair_counter import PairCounter
-from lightmoe.moe.dispatch.peer_receipt import ChunkOfStep, PeerReceipt
+from lightmoe.moe.dispatch.peer_receipt import ChunkOfStep, PeerReceipt, Step
 from lightmoe.moe.dispatch.upload import Upload
 from lightmoe.moe.multiprocessors import multiprocessors_of
 from lightmoe.moe.overlap_model import MAX_CHUNKS, chunk_of
@@ -92,7 +92,7 @@ class PeerLane:
         self._next_hidden: Tensor | None = None
         self._hidden: Tensor | None = None
         self._sent: Tensor | None = None
-        self._step: tuple[tuple[object, ...], list[ChunkOfStep]] | None = None
+        self._step: tuple[tuple[object, ...], Step] | None = None
 
     @staticmethod
     def _new_upload(device: torch.device, like: PeerLane | None) -> Upload:
@@ -242,14 +242,14 @@ class PeerLane:
         """Where a chunk's results [P, D] go that stay here; None: none does."""
         return None
 
-    def chunks_of_step(
+    def step(
         self, tokens_per_rank: Sequence[int], num_chunks: int, num_rows: int, in_halves: bool
-    ) -> list[ChunkOfStep]:
+    ) -> Step:
         """What all layers of a step share, made once: every layer of it asks for the same."""
         step = (tokens_per_rank, num_chunks, num_rows, in_halves)
         if self._step is None or self._step[0] != step:
             chunks = [self._chunk_of_step(chunk, *step) for chunk in range(num_chunks)]
-            self._step = (step, chunks)
+            self._step = (step, Step(chunks, self.prefixes[:num_chunks]))
         return self._step[1]
 
     def _chunk_of_step(

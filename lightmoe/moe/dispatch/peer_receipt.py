@@ -1,13 +1,16 @@
-"""What a lane knows of one chunk of a step: for all layers, and for one of them."""
+"""What a lane knows of a step and of each chunk of it: for all layers, and for one of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from lightmoe.kernels.exchange import Chunk
-from lightmoe.moe.dispatch.base import Receipt
+from lightmoe.kernels.route_reference import ChunkToSplit
+from lightmoe.moe.dispatch.base import Receipt, TokensPerTile
+from lightmoe.moe.route import route_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +43,45 @@ class ChunkOfStep:
     output_rows: Tensor | None
     dispatch_ctas: int
     combine_ctas: int
+
+
+Sizes = tuple[int, int]
+"""Pairs and groups to plan for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step's chunks, and what its layers find out of them once."""
+
+    chunks: Sequence[ChunkOfStep]
+    prefixes: Tensor
+    """Of all chunks, [C, W, E + 1]."""
+    _splits: dict[object, tuple[list[ChunkToSplit], list[Sizes]]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    @property
+    def tokens(self) -> list[slice]:
+        """This rank's, of each chunk."""
+        return [chunk.tokens for chunk in self.chunks]
+
+    def to_split(
+        self, route: str, num_held: int, tokens_per_tile: TokensPerTile
+    ) -> tuple[list[ChunkToSplit], list[Sizes]]:
+        """What the route takes of each chunk, and its sizes, where a rank has so many experts."""
+        key = (route, num_held, tokens_per_tile)
+        if key not in self._splits:
+            num_experts = self.prefixes.shape[2] - 1
+            sizes = [(chunk.expected_pairs, max(1, num_held)) for chunk in self.chunks]
+            pairs = [chunk.num_pairs for chunk in self.chunks]
+            self._splits[key] = (
+                [
+                    (route_for(route, most, num_experts), tokens_per_tile(*expected), most)
+                    for most, expected in zip(pairs, sizes, strict=True)
+                ],
+                sizes,
+            )
+        return self._splits[key]
 
 
 @dataclass(slots=True, kw_only=True)

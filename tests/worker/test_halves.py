@@ -73,20 +73,24 @@ def test_a_cut_step_has_every_token_once(num_tokens: int) -> None:
         assert [part.sampling for part in parts] == [None] * (len(parts) - 1) + [GREEDY]
 
 
-def costs(*stages: float) -> LayerCosts:
-    """Milliseconds of 1000 tokens in dispatch, up, down and combine, all of it by the token."""
+def costs(*stages: float, between: float = 1.2) -> LayerCosts:
+    """Milliseconds of 1000 tokens in dispatch, up, down and combine, all of it by the token.
+
+    `between` is half of what is between two layers.
+    """
     dispatch, up, down, combine = (StageCost(1e-5, value / 1e6) for value in stages)
-    return LayerCosts(dispatch, up, down, combine)
+    return LayerCosts(dispatch, up, down, combine, between=StageCost(0.0, between / 1e6))
 
 
 def test_halves_where_the_exchange_is_long_and_nothing_where_it_is_short() -> None:
     """By the times that were fitted; the reason names them."""
-    beside = costs(2.2, 3.5, 3, 2.2)
-    long = Stages(costs(2, 2, 1, 2), beside, beside)
+    beside = costs(2.2, 2, 1.5, 2.2)
+    long = Stages(costs(2, 1.5, 1, 2), beside, beside)
     overlap, reason = decide(long, 8192, 116)
     assert overlap.halves_from is not None
     assert overlap.cuts_in_two(8192)
     assert "two halves" in reason
+    assert f"{8.192 * (6.5 + 2.4) + 0.04:.2f} ms a layer in turn" in reason
     beside = costs(0.03, 10.5, 9, 0.03)
     short = Stages(costs(0.01, 6, 3, 0.01), beside, beside)
     overlap, reason = decide(short, 8192, 116)
@@ -94,11 +98,20 @@ def test_halves_where_the_exchange_is_long_and_nothing_where_it_is_short() -> No
     assert reason.startswith("no overlap")
 
 
+def test_chunks_where_halves_hide_no_more() -> None:
+    """Nothing to speak of is between two layers, so both hide the same."""
+    beside = costs(2.2, 2, 1.5, 2.2, between=0.0)
+    overlap, reason = decide(Stages(costs(2, 3, 2, 2, between=0.0), beside, beside), 8192, 116)
+    assert overlap.halves_from is None
+    assert overlap.costs == beside
+    assert reason.startswith("chunks (")
+
+
 def test_an_upload_longer_than_the_gate_is_not_hidden() -> None:
-    beside = costs(2.2, 3.5, 3, 2.2)
-    overlap, _ = decide(Stages(costs(2, 2, 1, 2), beside, beside), 8192, 116)
+    alone, beside = costs(2, 1.5, 1, 2), costs(2.2, 2, 1.5, 2.2)
+    overlap, _ = decide(Stages(alone, beside, beside), 8192, 116)
     slow = replace(beside, upload=StageCost(0.0, 4e-6))
-    in_vain, _ = decide(Stages(costs(2, 2, 1, 2), slow, slow), 8192, 116)
+    in_vain, _ = decide(Stages(alone, slow, slow), 8192, 116)
     assert overlap.halves_from is not None
     assert in_vain.halves_from is None
 

@@ -41,6 +41,7 @@ _SLOWDOWNS = tuple(step / 20 for step in range(15))
 _MORE_SECONDS = (0.0, 5e-6, 10e-6, 20e-6, 40e-6, 80e-6, 160e-6, 320e-6)
 _SLOWER = tuple(1 + step / 20 for step in range(11))
 _UNIT_SECONDS = 1e-3
+_ALIKE_DIGITS = 9  # of a sum of squared shares: what differs less is alike
 _LEAST_SHARE = 0.05  # of a measured time, where the latencies alone would explain it
 
 Row = Mapping[str, Any]
@@ -179,18 +180,25 @@ def _fit_stage(
 
 
 def nonnegative(points: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """a, b >= 0 with a * u + b * v nearest y, over points (u, v, y), relative to y."""
+    """a, b >= 0 with a * u + b * v nearest y, over points (u, v, y), relative to y.
+
+    Where points do not tell them apart, all of it is b: a stage that only measured whole layers of
+    one size takes longer for more work, rather than for more pieces.
+    """
     uu = sum((u / y) ** 2 for u, _, y in points)
     vv = sum((v / y) ** 2 for _, v, y in points)
     uv = sum(u * v / y**2 for u, v, y in points)
     uy, vy = sum(u / y for u, _, y in points), sum(v / y for _, v, y in points)
-    candidates = [(uy / uu if uu else 0.0, 0.0), (0.0, vy / vv if vv else 0.0)]
+    candidates = [(0.0, vy / vv if vv else 0.0), (uy / uu if uu else 0.0, 0.0)]
     determinant = uu * vv - uv**2
     if determinant > 1e-12 * uu * vv:
         both = (uy * vv - vy * uv) / determinant, (vy * uu - uy * uv) / determinant
         candidates += [both] if min(both) >= 0 else []
     return min(
-        candidates, key=lambda ab: sum(((ab[0] * u + ab[1] * v) / y - 1) ** 2 for u, v, y in points)
+        candidates,
+        key=lambda ab: round(
+            sum(((ab[0] * u + ab[1] * v) / y - 1) ** 2 for u, v, y in points), _ALIKE_DIGITS
+        ),
     )
 
 
@@ -237,6 +245,7 @@ def setup_of(row: Row, topology: Topology, calibration: Calibration) -> Setup:
         tokens_per_rank=row["tokens_per_rank"],
         num_chunks=row["chunks"],
         serial=_is_serial(row),
+        results_beside=row["transport"] == "copy_engine",
         calibration=calibration,
     )
 

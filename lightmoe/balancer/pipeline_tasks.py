@@ -18,6 +18,7 @@ from lightmoe.moe.placement import initial_placement
 from lightmoe.topology import Device, Topology
 
 _CHOICE_BYTES = 2  # an expert's number on the wire
+_SECOND_SHARE = 1 / 3  # of the experts' work: [P, F] x [F, D] beside [P, D] x [D, 2F]
 _CPU_BLOCK_ROWS = 16  # the reference pads every expert's rows to blocks of so many
 
 
@@ -172,15 +173,19 @@ def layer_program(
     num_layers: int,
     num_chunks: int,
     serial: bool,
+    results_beside: bool,
     with_attention: bool,
     calibration: Calibration,
 ) -> Program:
     """Tasks of some layers for micro-batches of choices [W, T, K], in the order of the pipeline.
 
     `serial`: one stream, nothing overlaps. Else attention, gate and experts are one stream and the
-    exchanges another; micro-batches take turns.
+    exchanges another; micro-batches take turns. `results_beside`: in either case results leave
+    while the experts' second product makes them.
     """
-    writer = _Writer(shape, topology, micro_batches, num_chunks, serial, calibration)
+    writer = _Writer(
+        shape, topology, micro_batches, num_chunks, serial, results_beside, calibration
+    )
     for layer in range(num_layers):
         for batch in range(len(micro_batches)):
             writer.front(layer, batch, with_attention)
@@ -198,6 +203,7 @@ class _Writer:
         micro_batches: Sequence[np.ndarray],
         num_chunks: int,
         serial: bool,
+        results_beside: bool,
         calibration: Calibration,
     ) -> None:
         self.shape, self.topology = shape, topology
@@ -209,6 +215,7 @@ class _Writer:
             for choices in micro_batches
         ]
         self.serial, self.calibration = serial, calibration
+        self.results_beside = results_beside
         self.tasks: list[list[Task]] = [[] for _ in self.ranks]
         self.exchanges: dict[Name, np.ndarray] = {}
 
@@ -244,7 +251,8 @@ class _Writer:
             else:
                 after = chunk + 2 if chunk + 2 <= last else None
                 self.dispatch_and_combine(layer, batch, after, chunk, [])
-        self.add(("combined", layer, batch), [("back", layer, batch, last)], None, "exchange")
+        ends: list[Name] = [("back", layer, batch, last), ("experts", layer, batch, last)]
+        self.add(("combined", layer, batch), ends, None, "exchange")
 
     def experts(self, layer: int, batch: int, chunk: int) -> None:
         """The experts of one chunk, once its rows are here."""
@@ -252,8 +260,12 @@ class _Writer:
             expert_seconds(self.shape, self.topology.device(rank), self.loads[batch][chunk], rank)
             for rank in self.ranks
         ]
-        name = ("experts", layer, batch, chunk)
-        self.add(name, [("out", layer, batch, chunk)], seconds)
+        needs: list[Name] = [("out", layer, batch, chunk)]
+        if self.results_beside:
+            up: Name = ("up", layer, batch, chunk)
+            self.add(up, needs, [whole * (1 - _SECOND_SHARE) for whole in seconds])
+            needs, seconds = [up], [whole * _SECOND_SHARE for whole in seconds]
+        self.add(("experts", layer, batch, chunk), needs, seconds)
 
     def dispatch_and_combine(
         self, layer: int, batch: int, out: int | None, back: int | None, needs: list[Name]
@@ -266,10 +278,11 @@ class _Writer:
             matrix += loads[out].rows * row_bytes
         if back is not None:
             matrix += loads[back].pairs.T * row_bytes
-            needs = [*needs, ("experts", layer, batch, back)]
+            made = "up" if self.results_beside else "experts"
+            needs = [*needs, (made, layer, batch, back)]
         np.fill_diagonal(matrix, 0)
         name = ("exchange", layer, batch, out, back)
-        self.exchange(name, needs, matrix)
+        self.exchange(name, needs, matrix, beside=back is not None and self.results_beside)
         for kind, chunk in (("out", out), ("back", back)):
             if chunk is not None:  # a name for others to wait for, without work
                 self.add((kind, layer, batch, chunk), [name], None, "exchange")
@@ -282,10 +295,12 @@ class _Writer:
         ]
         self.add((stage, layer, batch), needs, seconds)
 
-    def exchange(self, name: Name, needs: list[Name], matrix: np.ndarray) -> None:
+    def exchange(
+        self, name: Name, needs: list[Name], matrix: np.ndarray, *, beside: bool = False
+    ) -> None:
         """An exchange of all ranks."""
         self.exchanges[name] = matrix
-        stream = "compute" if self.serial else "exchange"
+        stream = "compute" if self.serial and not beside else "exchange"
         for of_rank in self.tasks:
             of_rank.append(Task(name=name, stream=stream, needs=tuple(needs), is_exchange=True))
 

@@ -40,7 +40,8 @@ UNCALIBRATED: dict[Transport, Calibration] = {
 class Setup:
     """What is simulated: so many tokens on every rank of the topology.
 
-    `serial` runs chunk after chunk without overlap, as CPU ranks do. With two micro-batches, or
+    `serial` runs chunk after chunk without overlap, as CPU ranks do. With `results_beside` results
+    leave while the second product makes them, as copy_engine's do. With two micro-batches, or
     several layers, attention is part of a layer; one layer alone is what the benches measure.
     """
 
@@ -53,6 +54,7 @@ class Setup:
     skew: float = 0.0
     seed: int = 0
     serial: bool = False
+    results_beside: bool = False
     calibration: Calibration = field(default_factory=Calibration)
 
     def __post_init__(self) -> None:
@@ -159,6 +161,7 @@ def run_setup(
         num_layers=setup.num_layers,
         num_chunks=setup.num_chunks,
         serial=setup.serial,
+        results_beside=setup.results_beside,
         with_attention=setup.with_attention if with_attention is None else with_attention,
         calibration=calibration,
     )
@@ -189,7 +192,7 @@ def _end(spans: Sequence[Sequence[Span]]) -> float:
 
 def _busy_seconds(spans: Sequence[Span]) -> float:
     """Seconds in which a rank computes."""
-    computing = ("attention", "gate", "experts")
+    computing = ("attention", "gate", "up", "experts")
     return sum(span.end - span.start for span in spans if stage_of(span) in computing)
 
 
@@ -201,7 +204,8 @@ def stage_of(span: Span) -> str:
 
 def timeline(simulated: Simulated, rank: int, width: int = 72) -> list[str]:
     """One rank's streams as lines of text, a letter per stage, over the whole step."""
-    letters = {"attention": "a", "gate": "g", "choice": "c", "exchange": "x", "experts": "E"}
+    letters = {"attention": "a", "gate": "g", "choice": "c", "exchange": "x"}
+    letters |= {"up": "E", "experts": "E"}
     lines = []
     for stream in ("compute", "exchange"):
         cells = ["."] * width

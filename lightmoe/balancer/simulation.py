@@ -80,7 +80,7 @@ def answer(question: Question) -> tuple[list[str], dict[str, Any]]:
         figures["calibration"] = calibration_figures(fitted)
     if question.model is not None:
         transport, why = question.chosen_transport
-        setup = _setup(question, _calibration_for(transport, fitted))
+        setup = _setup(question, transport, _calibration_for(transport, fitted))
         simulated = simulate(setup)
         lines += ["", *summary(setup, simulated)] if lines else summary(setup, simulated)
         lines.append(f"transport {why}")
@@ -90,7 +90,7 @@ def answer(question: Question) -> tuple[list[str], dict[str, Any]]:
     return lines, figures
 
 
-def _setup(question: Question, calibration: Calibration) -> Setup:
+def _setup(question: Question, transport: Transport, calibration: Calibration) -> Setup:
     assert question.model is not None
     element_bytes = 4 if question.on_cpu else 2
     shape = LayerShape.of_model(
@@ -109,6 +109,7 @@ def _setup(question: Question, calibration: Calibration) -> Setup:
         skew=question.skew,
         seed=question.seed,
         serial=question.on_cpu and question.micro_batches == 1,
+        results_beside=transport == "copy_engine",
         calibration=calibration,
     )
 

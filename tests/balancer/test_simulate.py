@@ -105,6 +105,16 @@ def test_chunks_hide_the_exchange() -> None:
     assert 0.4 < four.hidden_fraction <= 1
 
 
+def test_results_leave_beside_the_second_product() -> None:
+    """In one piece all that can be hidden is the second product, a third of the experts."""
+    after = simulate(SETUP)
+    beside = simulate(replace(SETUP, results_beside=True))
+    assert beside.compute_seconds == pytest.approx(after.compute_seconds)
+    assert beside.exchange_seconds == pytest.approx(after.exchange_seconds)
+    saved = after.step_seconds - beside.step_seconds
+    assert 0 < saved <= beside.compute_seconds / 3
+
+
 def test_serial_chunks_hide_nothing() -> None:
     serial = simulate(replace(SETUP, num_chunks=4, serial=True))
     assert serial.step_seconds >= serial.compute_seconds + 0.9 * serial.exchange_seconds

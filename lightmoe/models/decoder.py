@@ -78,8 +78,11 @@ class Decoder:
         self.rotary = Rotary(
             config.rotary_dim, config.rope_theta, max_model_len, device, config.yarn
         )
+        # Of all layers: what a step's products have found out of their sizes serves the next layer.
+        experts = Experts(parts.pool, deterministic=parts.deterministic)
         self._layers = [
-            DecoderLayer(layer, parts, self.load) for layer in range(config.num_hidden_layers)
+            DecoderLayer(layer, parts, self.load, experts)
+            for layer in range(config.num_hidden_layers)
         ]
         self.overlap = parts.overlap
         self.overflow = parts.overflow
@@ -141,7 +144,7 @@ class DecoderLayer:
     beside the hidden states.
     """
 
-    def __init__(self, layer: int, parts: Parts, load: LoadCounter) -> None:
+    def __init__(self, layer: int, parts: Parts, load: LoadCounter, experts: Experts) -> None:
         config, prefix = parts.config, f"model.layers.{layer}."
         self._layer = layer
         self._input_norm = parts.norm(prefix + "input_layernorm.weight")
@@ -151,7 +154,8 @@ class DecoderLayer:
         self.moe: MoELayer | None = None
         self._mlp: Callable[[Tensor], Tensor]
         if layer in config.moe_layers:
-            self._mlp = self.moe = _moe(config.moe_layers.index(layer), mlp_prefix, parts, load)
+            number = config.moe_layers.index(layer)
+            self._mlp = self.moe = _moe(number, mlp_prefix, parts, load, experts)
         else:
             self._mlp = _swiglu(mlp_prefix, parts)
 
@@ -191,7 +195,7 @@ class DecoderLayer:
         return self.moe.finish(flight)
 
 
-def _moe(layer: int, prefix: str, parts: Parts, load: LoadCounter) -> MoELayer:
+def _moe(layer: int, prefix: str, parts: Parts, load: LoadCounter, experts: Experts) -> MoELayer:
     """`layer` counts the layers that have experts."""
     config, router_weight = parts.config, parts.read(prefix + "gate.weight")
     gate = Gate(
@@ -205,7 +209,6 @@ def _moe(layer: int, prefix: str, parts: Parts, load: LoadCounter) -> MoELayer:
     )
     if parts.skew is not None:
         gate = parts.skew.instead_of(gate, layer)
-    experts = Experts(parts.pool, deterministic=parts.deterministic)
     dispatcher = make_dispatcher(parts.group, layer, router_weight.device, experts.tokens_per_tile)
     shared = _swiglu(prefix + "shared_experts.", parts) if config.num_shared_experts else None
     second: Dispatcher | None = None

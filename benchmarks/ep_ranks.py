@@ -170,7 +170,8 @@ class RankLayer:
         """So many chunks, on a card beside each other as a launch has them."""
         if self.device.type != "cuda":
             return Overlap(num_chunks=num_chunks)
-        return Overlap(num_chunks=num_chunks, expert_ctas=multiprocessors_of(self.device).experts)
+        shares = multiprocessors_of(self.device, self.memory.road)
+        return Overlap(num_chunks=num_chunks, expert_ctas=shares.experts, up_share=shares.up_share)
 
     def layer(self, overlap: Overlap | None = None) -> MoELayer:
         """The layer with this overlap."""

@@ -348,7 +348,7 @@ light_chunk read_chunk(const py::tuple &chunk) {
 
 int exchange_pull(const py::sequence &hidden, const py::sequence &results, const py::tuple &chunk,
                   Address weights, Address pair_weight, Address output_rows, Address prefixes,
-                  Address rows, long long scale_offset, int width_bytes, bool on_cards, int dtype,
+                  Address rows, long long scale_offset, int width_bytes, int dtype,
                   bool as_int8, int max_ctas, Address stream) {
   light_exchange_pull_args args{};
   read_list<Address>(hidden, args.hidden);
@@ -361,7 +361,6 @@ int exchange_pull(const py::sequence &hidden, const py::sequence &results, const
   args.rows = pointer<void>(rows);
   args.scale_offset = scale_offset;
   args.width_bytes = width_bytes;
-  args.on_cards = on_cards;
   const py::gil_scoped_release released;
   return light_exchange_pull(&args, static_cast<light_dtype>(dtype), as_int8, max_ctas,
                              pointer<void>(stream));
@@ -585,7 +584,7 @@ PYBIND11_MODULE(_light_ops, module) {
   define(module, "exchange_pull", &exchange_pull, arg("hidden"), arg("results"),
          arg("chunk"), arg("weights"), arg("pair_weight"), arg("output_rows"),
          arg("prefixes"), arg("rows"), arg("scale_offset"), arg("width_bytes"),
-         arg("on_cards"), arg("dtype"), arg("as_int8"), arg("max_ctas"), arg("stream"));
+         arg("dtype"), arg("as_int8"), arg("max_ctas"), arg("stream"));
   define(module, "exchange_give", &exchange_give, arg("pairs"), arg("output_rows"),
          arg("num_pairs"), arg("most_pairs"), arg("width_bytes"), arg("max_ctas"),
          arg("stream"));

@@ -135,8 +135,9 @@ __device__ void pull_bulk(const light_exchange_pull_args &args, char *shared) {
   const bool alternates = 2 * num_pairs <= ring::kMostPairs;
   int buffer = 0;
   unsigned end = 0, end_before = 0;  // turns at the ends of the last looks, the last one's first
-  for (int first = at_once * (blockIdx.x + gridDim.x * warp); first < total;
-       first += at_once * num_warps) {
+  const Turns turns(at_once * (blockIdx.x + gridDim.x * warp), at_once * num_warps, total);
+  for (int turn = 0; turn < turns.count; ++turn) {
+    const int first = turns[turn];
     const int first_position = buffer * 32 * num_pairs;
     if (lane == 0) ring.store_until(args, alternates ? end_before : end);
     __syncwarp();

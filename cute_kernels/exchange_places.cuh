@@ -67,6 +67,24 @@ __device__ inline long long shared_place(const light_chunk &chunk, SourceToken f
          (long long)from.token * chunk.num_experts_per_token + pair;
 }
 
+// The numbers `first`, `first` + `step`, ... below `total`, for every other warp from the last one
+// on: other ranks' tokens come before this one's, and so links and the card's own memory are busy
+// beside each other.
+struct Turns {
+  int first, step, count;
+  bool backwards;
+
+  __device__ Turns(int first, int step, int total)
+      : first(first),
+        step(step),
+        count(first < total ? (total - 1 - first) / step + 1 : 0),
+        backwards(threadIdx.x / 32 % 2 == 1) {}
+
+  __device__ int operator[](int turn) const {
+    return first + step * (backwards ? count - 1 - turn : turn);
+  }
+};
+
 __device__ inline int choice_of(const light_chunk &chunk, SourceToken from, int pair) {
   return from.source < 0 ? -1 : chunk.choices[shared_place(chunk, from, pair)];
 }

@@ -19,9 +19,9 @@ __device__ void pull(const light_exchange_pull_args &args) {
   const int lane = threadIdx.x % 32, num_vectors = args.width_bytes / 16;
   const int num_warps = gridDim.x * (blockDim.x / 32);
   const int total = count_tokens(chunk);
-  for (int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; row < total;
-       row += num_warps) {
-    const SourceToken from = source_of(chunk, row, total);
+  const Turns turns(blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, num_warps, total);
+  for (int turn = 0; turn < turns.count; ++turn) {
+    const SourceToken from = source_of(chunk, turns[turn], total);
     const Place place = place_of_lane(chunk, from);
     const unsigned here = __ballot_sync(kAllLanes, place.rank == chunk.rank);
     if (here == 0) {
@@ -63,6 +63,7 @@ __device__ void pull(const light_exchange_pull_args &args) {
 template <typename Row>
 __device__ void combine(const light_exchange_combine_args &args) {
   constexpr int kOutputVectors = Row::kElements * sizeof(typename Row::Scalar) / 16;
+  constexpr int kPlaces = 4, kPairs = kVectorsInFlight / kPlaces;  // a lane's at once
   const int lane = threadIdx.x % 32, num_pairs = args.num_experts_per_token;
   const int num_vectors = args.width_bytes / 16;
   const int num_warps = gridDim.x * (blockDim.x / 32);
@@ -74,30 +75,40 @@ __device__ void combine(const light_exchange_combine_args &args) {
     const Term term = term_of<Row>(args, lane < num_pairs, token, lane);
     uint4 *output =
         static_cast<uint4 *>(args.output) + (long long)token * num_vectors * kOutputVectors;
-    for (int first = first_vector; first - lane < num_vectors; first += 32 * num_parts) {
-      float sums[Row::kElements] = {};
-      for (int k = 0; k < num_pairs; k += kVectorsInFlight) {
-        uint4 vectors[kVectorsInFlight];
-        bool exists[kVectorsInFlight];
+    const int step = 32 * num_parts;
+    for (int first = first_vector; first - lane < num_vectors; first += step * kPlaces) {
+      float sums[kPlaces][Row::kElements] = {};
+      for (int k = 0; k < num_pairs; k += kPairs) {
+        uint4 vectors[kPairs][kPlaces];
+        bool exists[kPairs];
 #pragma unroll
-        for (int i = 0; i < kVectorsInFlight; ++i) {
+        for (int i = 0; i < kPairs; ++i) {
           const uint4 *from = reinterpret_cast<const uint4 *>(__shfl_sync(
               kAllLanes, reinterpret_cast<unsigned long long>(term.row), (k + i) % 32));
-          exists[i] = k + i < num_pairs && from != nullptr && first < num_vectors;
-          if (exists[i]) {
-            vectors[i] = __ldcg(from + first);
+          exists[i] = k + i < num_pairs && from != nullptr;
+#pragma unroll
+          for (int j = 0; j < kPlaces; ++j) {
+            if (exists[i] && first + step * j < num_vectors) {
+              vectors[i][j] = __ldcg(from + first + step * j);
+            }
           }
         }
 #pragma unroll
-        for (int i = 0; i < kVectorsInFlight; ++i) {
+        for (int i = 0; i < kPairs; ++i) {
           const float factor = __shfl_sync(kAllLanes, term.factor, (k + i) % 32);
-          if (exists[i]) {
-            Row::add(sums, factor, vectors[i]);
+#pragma unroll
+          for (int j = 0; j < kPlaces; ++j) {
+            if (exists[i] && first + step * j < num_vectors) {
+              Row::add(sums[j], factor, vectors[i][j]);
+            }
           }
         }
       }
-      if (first < num_vectors) {
-        Row::store(output, first, sums);
+#pragma unroll
+      for (int j = 0; j < kPlaces; ++j) {
+        if (first + step * j < num_vectors) {
+          Row::store(output, first + step * j, sums[j]);
+        }
       }
     }
   }

@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define LIGHT_OPS_ABI 6
+#define LIGHT_OPS_ABI 7
 
 #if defined(__GNUC__) && !defined(__CUDACC__)
 #define LIGHT_API __attribute__((visibility("default")))
@@ -312,7 +312,6 @@ typedef struct light_exchange_pull_args {
   void *rows;              // [P, width]
   long long scale_offset;  // of int8: from a rank's codes to its scales [tokens], in bytes
   int width_bytes;         // of a row as it travels: a multiple of 16
-  int on_cards;            // the hidden states are in memory of cards, not of the host
 } light_exchange_pull_args;
 
 // sums[s][t] = the sum over ascending k of the results of token t of rank s that this rank has, which

@@ -107,7 +107,7 @@ light_status launch_pull(long long num_tokens, int max_ctas, const light_exchang
   const char *const name = "exchange_pull";
   bool can = false;
   LIGHT_TRY(copies_in_bulk(name, &can));
-  if (!can || !args.on_cards || num_tokens < kFewestPulledTokens) {
+  if (!can || num_tokens < kFewestPulledTokens) {
     return launch_tokens(name, num_tokens, max_ctas, args, stream);
   }
   return launch_bulk("exchange_pull_bulk", ring::kWarps, ring::kBytes, (num_tokens + 3) / 4,
@@ -215,7 +215,7 @@ light_status light_exchange_combine(const light_exchange_combine_args *args, lig
     return LIGHT_OK;
   }
   const std::string name = std::string(as_int8 ? "exchange_combine_int8" : stem) + suffix;
-  const bool bulk = args->together && !args->summed && args->num_tokens >= light::kFewestBulkTokens;
+  const bool bulk = !args->summed && args->num_tokens >= light::kFewestBulkTokens;
   bool can = false;
   LIGHT_TRY(light::copies_in_bulk(name, &can));
   if (bulk && can) {

@@ -232,7 +232,6 @@ class Chunk:
         hidden_addresses: Sequence[int],
         *,
         block: RowBlock,
-        on_cards: bool,
         weights: Tensor | None = None,
         pair_weight: Tensor | None = None,
         results: Sequence[int] = (),
@@ -243,8 +242,7 @@ class Chunk:
 
         `weights` fp32 [W, S] are all ranks', for pair_weight [P]. `results` are where each rank
         wants those of its tokens [T * K, D], a chunk's by expert, then position, for output_rows
-        int64 [P]: the address for each pair's. `on_cards`: hidden states of other ranks are in
-        their cards' memory, not in the host's.
+        int64 [P]: the address for each pair's.
         """
         library().launch(
             "exchange_pull",
@@ -259,7 +257,6 @@ class Chunk:
             rows=address(rows),
             scale_offset=block.scale_offset,
             width_bytes=block.row_bytes,
-            on_cards=on_cards,
             dtype=_DTYPES[rows.dtype],
             as_int8=block.as_int8,
             max_ctas=max_ctas,

@@ -24,7 +24,7 @@ from torch import Tensor
 from lightmoe.errors import LightMoEError, MachineError, UsageError
 
 FOLDER = Path(__file__).parent / "lib"
-ABI = 6
+ABI = 7
 REMEDY = "make kernels"
 _BINDING = "_light_ops"
 _BAD_ARGUMENT = 4

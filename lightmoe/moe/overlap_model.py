@@ -22,7 +22,7 @@ FEWEST_TOKENS = 256
 
 UP_SHARE = 0.6
 """Of the experts' multiprocessors, for the first product where the second of as many other tokens
-runs beside it: it has two thirds of the arithmetic, and the other writes to other ranks."""
+runs beside it: it has two thirds of the arithmetic, and the other writes over links."""
 
 _CLOCK_SECONDS = 1e-6  # times below it are not told apart
 
@@ -42,10 +42,13 @@ def _border(num_tokens: int, chunk: int, num_chunks: int) -> int:
     return num_tokens * (2 * chunk - 1) // (2 * num_chunks - 2)
 
 
-def up_share(chunk: int, num_chunks: int) -> float:
-    """Share of the multiprocessors for the next chunk's first product beside this one's second."""
-    up = UP_SHARE * _weight_of(chunk + 1, num_chunks)
-    return up / (up + (1 - UP_SHARE) * _weight_of(chunk, num_chunks))
+def share_of_up(of_alike: float, chunk: int, num_chunks: int) -> float:
+    """Share of the multiprocessors for the next chunk's first product beside this one's second.
+
+    `of_alike` is that where both have as many tokens.
+    """
+    up = of_alike * _weight_of(chunk + 1, num_chunks)
+    return up / (up + (1 - of_alike) * _weight_of(chunk, num_chunks))
 
 
 def _weight_of(chunk: int, num_chunks: int) -> int:
@@ -74,8 +77,8 @@ class LayerCosts:
     them: beside the gate and each other's stages, in the same chunks. `host` is what enqueuing the
     layer takes, by chunks instead of tokens: the device cannot be faster, but for what it does
     between two layers, while the host is ahead: `between`. `in_turn`: each product has all
-    multiprocessors, else `up` is what it takes beside a `down` of as many tokens. `put_off`:
-    results are added up once the last second product has begun.
+    multiprocessors, else `up` is what it takes beside a `down` of as many tokens, with `up_share`
+    of them. `put_off`: results are added up once the last second product has begun.
     """
 
     dispatch: StageCost
@@ -88,6 +91,7 @@ class LayerCosts:
     upload: StageCost = StageCost(0.0, 0.0)
     in_turn: bool = False
     put_off: bool = False
+    up_share: float = UP_SHARE
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +117,14 @@ class Overlap:
     | costs | of the stages, fitted; None: no overlap |
     | halves_from | tokens of the fullest rank from which a step is cut in two; None: never |
     | expert_ctas | multiprocessors of the experts while an exchange runs beside; None: all |
+    | up_share | of these, for a first product beside a second one of as many tokens |
     """
 
     num_chunks: int | None = 1
     costs: LayerCosts | None = None
     halves_from: int | None = None
     expert_ctas: int | None = None
+    up_share: float = UP_SHARE
 
     @property
     def up_ctas(self) -> int | None:
@@ -134,7 +140,7 @@ class Overlap:
         """Multiprocessors of a chunk's second product and of the next one's first: up, down."""
         if self.expert_ctas is None:
             return None, None
-        up = round(up_share(chunk, num_chunks) * self.expert_ctas)
+        up = round(share_of_up(self.up_share, chunk, num_chunks) * self.expert_ctas)
         return up, self.expert_ctas - up
 
     def cuts_in_two(self, num_tokens: int) -> bool:
@@ -202,7 +208,9 @@ def pipeline_seconds(costs: LayerCosts, num_tokens: int, num_chunks: int) -> flo
         arrived.append(free)
     up_free, down_free, downs = 0.0, 0.0, []
     for chunk, size in enumerate(sizes):
-        share = UP_SHARE / up_share(chunk - 1, num_chunks) if chunk else UP_SHARE
+        share = costs.up_share
+        if chunk:
+            share /= share_of_up(costs.up_share, chunk - 1, num_chunks)
         beside = num_chunks > 1 and not costs.in_turn
         up_free = max(arrived[chunk], up_free, 0.0 if beside else down_free)
         up_free += costs.up.seconds(size) * (share if beside else 1.0)

@@ -67,24 +67,31 @@ def choose_overlap(
         return Overlap(), "no overlap: a record of the routing takes each layer's tokens at once"
     if wanted == "off":
         return Overlap(), "no overlap, as asked"
+    lane, control = group.peers, group.communicator
     if wanted == "halves":
         device = decoder.moe_layers[0].gate.router_weight.device
-        expert_ctas = multiprocessors_of(device).experts if device.type == "cuda" else None
-        return Overlap(halves_from=2, expert_ctas=expert_ctas), "two halves, as asked"
-    lane, control = group.peers, group.communicator
+        return replace(_beside(device, lane), halves_from=2), "two halves, as asked"
     if lane is None or control is None:
         return Overlap(), "no overlap: this transport waits for the host"
     if max_tokens < 2 * FEWEST_TOKENS:
         return Overlap(), f"no overlap: steps have up to {max_tokens} tokens a rank"
-    expert_ctas = multiprocessors_of(lane.rows.device).experts
-    stages = _time_stages(decoder, group, lane, max_tokens, expert_ctas)
-    return decide(stages, max_tokens, expert_ctas)
+    cut = _beside(lane.rows.device, lane)
+    return decide(_time_stages(decoder, group, lane, max_tokens, cut), max_tokens, cut)
 
 
-def decide(stages: Stages, max_tokens: int, expert_ctas: int) -> tuple[Overlap, str]:
+def _beside(device: torch.device, lane: PeerLane | None) -> Overlap:
+    """What products have of the device beside an exchange; of a CPU, all."""
+    if device.type != "cuda":
+        return Overlap()
+    shares = multiprocessors_of(device, lane.memory.road if lane else "ipc")
+    return Overlap(expert_ctas=shares.experts, up_share=shares.up_share)
+
+
+def decide(stages: Stages, max_tokens: int, cut: Overlap) -> tuple[Overlap, str]:
     """Two halves where they save time, else chunks of one layer, else neither.
 
     Times are of a layer with what is between it and the next one: halves hide exchange behind that.
+    `cut` is how products share the device then.
     """
     saving = [
         size
@@ -98,13 +105,12 @@ def decide(stages: Stages, max_tokens: int, expert_ctas: int) -> tuple[Overlap, 
     if max_tokens in saving:
         halves = _ms(_halves_seconds(stages, max_tokens))
         reason = f"two halves from {min(saving)} tokens a rank ({times}, {halves} in halves)"
-        return Overlap(halves_from=min(saving), expert_ctas=expert_ctas), reason
+        return replace(cut, halves_from=min(saving)), reason
     choice = choose_chunks(stages.chunked, max_tokens)
     if choice.num_chunks > 1 and choice.predicted_seconds < _limit(serial):
         chunked = _ms(choice.predicted_seconds + dense)
         reason = f"chunks ({times}, {chunked} in {choice.num_chunks} chunks)"
-        costs = stages.chunked
-        return Overlap(num_chunks=None, costs=costs, expert_ctas=expert_ctas), reason
+        return replace(cut, num_chunks=None, costs=stages.chunked), reason
     why = f"halves would not save {HALVES_MARGIN:.0%}, nor chunks {MARGIN:.0%}"
     return Overlap(), f"no overlap ({times}; {why})"
 
@@ -143,14 +149,13 @@ def _doublings(largest: int) -> list[int]:
 
 
 def _time_stages(
-    decoder: Decoder, group: ExpertGroup, lane: PeerLane, max_tokens: int, expert_ctas: int
+    decoder: Decoder, group: ExpertGroup, lane: PeerLane, max_tokens: int, cut: Overlap
 ) -> Stages:
     layer, sizes = decoder.moe_layers[0], (FEWEST_TOKENS, max_tokens)
     before = group.tokens_per_rank
     try:
         alone = [_time(layer, group, lane, size, Overlap()) for size in sizes]
         group.in_halves = True
-        cut = Overlap(expert_ctas=expert_ctas)
         beside = [_time(layer, group, lane, size, cut) for size in sizes]
         host = [_time_host(layer, group, lane, chunks, cut) for chunks in _HOST_CHUNKS]
         dense = [_time_dense(decoder, group, lane, size) for size in sizes]
@@ -169,6 +174,7 @@ def _time_stages(
             host=enqueuing,
             between=between,
             in_turn=not layer.experts.outpace(layer.dispatcher.operations_per_byte),
+            up_share=cut.up_share,
         )
         for times in (alone, beside)
     )

@@ -54,7 +54,7 @@ class PullArgs(ctypes.Structure):
         ("chunk", ChunkArgs),
         *((name, ctypes.c_void_p) for name in _PULLED),
         ("scale_offset", ctypes.c_longlong),
-        *((name, ctypes.c_int) for name in ("width_bytes", "on_cards")),
+        ("width_bytes", ctypes.c_int),
     ]
 
 

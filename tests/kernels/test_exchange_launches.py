@@ -53,7 +53,6 @@ PULL = {
     "rows": 16,
     "scale_offset": 0,
     "width_bytes": 512,
-    "on_cards": True,
     "dtype": 1,
     "as_int8": False,
     "max_ctas": 0,
@@ -153,11 +152,6 @@ def wanted(name: str, **changes: object) -> Call:
         ("exchange_pull", {"chunk": chunk(1023)}, ("exchange_pull", 68, 512)),
         (
             "exchange_pull",
-            {"chunk": chunk(1024), "on_cards": False},
-            ("exchange_pull", 68, 512),
-        ),
-        (
-            "exchange_pull",
             {"weights": 16, "pair_weight": 16, "chunk": chunk(1024), "max_ctas": 16},
             ("exchange_pull_bulk", 16, 256),
         ),
@@ -185,11 +179,6 @@ def wanted(name: str, **changes: object) -> Call:
             "exchange_combine",
             {"num_tokens": 9999, "max_ctas": 4, "dtype": 2},
             ("exchange_combine_bulk_f32", 4, 512),
-        ),
-        (
-            "exchange_combine",
-            {"num_tokens": 9999, "together": False},
-            ("exchange_combine_bf16", 68, 512),
         ),
         (
             "exchange_combine",

@@ -184,7 +184,7 @@ class HostLibrary:
                 given[name]
                 for name in ("weights", "pair_weight", "output_rows", "prefixes", "rows")
             ),
-            *(given[name] for name in ("scale_offset", "width_bytes", "on_cards")),
+            *(given[name] for name in ("scale_offset", "width_bytes")),
         )
         self._run("run_pull", ctypes.byref(args), given["as_int8"])
 

@@ -14,7 +14,6 @@ from lightmoe.moe.overlap_model import (
     FEWEST_TOKENS,
     MARGIN,
     MAX_CHUNKS,
-    UP_SHARE,
     LayerCosts,
     Overlap,
     StageCost,
@@ -22,7 +21,7 @@ from lightmoe.moe.overlap_model import (
     chunk_of,
     fit,
     pipeline_seconds,
-    up_share,
+    share_of_up,
 )
 
 costs = st.builds(
@@ -30,6 +29,7 @@ costs = st.builds(
     *[st.builds(StageCost, st.floats(0, 1e-3), st.floats(0, 1e-6)) for _ in range(8)],
     st.booleans(),
     st.booleans(),
+    st.floats(0.3, 0.9),
 )
 EVEN = LayerCosts(*(StageCost(1e-6, beta) for beta in (1e-7, 2e-7, 1e-7, 1e-7)))
 
@@ -61,7 +61,8 @@ def makespan_of_tasks(layer: LayerCosts, num_tokens: int, num_chunks: int) -> fl
             if all(one in done for one in need):
                 seconds = kinds[kind].seconds(spans[index].stop - spans[index].start)
                 if kind == "u" and beside:
-                    seconds *= UP_SHARE / (up_share(index - 1, num_chunks) if index else 1)
+                    now = share_of_up(layer.up_share, index - 1, num_chunks) if index else 1
+                    seconds *= layer.up_share / now
                 start = max([free[queue], *(done[one] for one in need)])
                 done[tasks.pop(0)] = free[queue] = start + seconds
     enqueuing = layer.host.seconds(num_chunks) - layer.between.seconds(num_tokens)

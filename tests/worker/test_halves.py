@@ -73,6 +73,9 @@ def test_a_cut_step_has_every_token_once(num_tokens: int) -> None:
         assert [part.sampling for part in parts] == [None] * (len(parts) - 1) + [GREEDY]
 
 
+CUT = Overlap(expert_ctas=116, up_share=0.65)
+
+
 def costs(*stages: float, between: float = 1.2) -> LayerCosts:
     """Milliseconds of 1000 tokens in dispatch, up, down and combine, all of it by the token.
 
@@ -86,14 +89,14 @@ def test_halves_where_the_exchange_is_long_and_nothing_where_it_is_short() -> No
     """By the times that were fitted; the reason names them."""
     beside = costs(2.2, 2, 1.5, 2.2)
     long = Stages(costs(2, 1.5, 1, 2), beside, beside)
-    overlap, reason = decide(long, 8192, 116)
+    overlap, reason = decide(long, 8192, CUT)
     assert overlap.halves_from is not None
     assert overlap.cuts_in_two(8192)
     assert "two halves" in reason
     assert f"{8.192 * (6.5 + 2.4) + 0.04:.2f} ms a layer in turn" in reason
     beside = costs(0.03, 10.5, 9, 0.03)
     short = Stages(costs(0.01, 6, 3, 0.01), beside, beside)
-    overlap, reason = decide(short, 8192, 116)
+    overlap, reason = decide(short, 8192, CUT)
     assert overlap == Overlap()
     assert reason.startswith("no overlap")
 
@@ -101,7 +104,7 @@ def test_halves_where_the_exchange_is_long_and_nothing_where_it_is_short() -> No
 def test_chunks_where_halves_hide_no_more() -> None:
     """Nothing to speak of is between two layers, so both hide the same."""
     beside = costs(2.2, 2, 1.5, 2.2, between=0.0)
-    overlap, reason = decide(Stages(costs(2, 3, 2, 2, between=0.0), beside, beside), 8192, 116)
+    overlap, reason = decide(Stages(costs(2, 3, 2, 2, between=0.0), beside, beside), 8192, CUT)
     assert overlap.halves_from is None
     assert overlap.costs == beside
     assert reason.startswith("chunks (")
@@ -109,9 +112,9 @@ def test_chunks_where_halves_hide_no_more() -> None:
 
 def test_an_upload_longer_than_the_gate_is_not_hidden() -> None:
     alone, beside = costs(2, 1.5, 1, 2), costs(2.2, 2, 1.5, 2.2)
-    overlap, _ = decide(Stages(alone, beside, beside), 8192, 116)
+    overlap, _ = decide(Stages(alone, beside, beside), 8192, CUT)
     slow = replace(beside, upload=StageCost(0.0, 4e-6))
-    in_vain, _ = decide(Stages(alone, slow, slow), 8192, 116)
+    in_vain, _ = decide(Stages(alone, slow, slow), 8192, CUT)
     assert overlap.halves_from is not None
     assert in_vain.halves_from is None
 

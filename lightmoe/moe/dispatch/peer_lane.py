@@ -5,8 +5,8 @@ layer once it has waited for everyone's results, which each rank announces after
 writes results to a rank only once that has announced the next layer's choices, after adding up.
 
 Through the host, hidden states are uploaded beside the gate, chunk by chunk, on a stream that
-follows the one that has waited. With its choices a rank announces its first chunk; before later
-ones are pulled the ranks meet once more, each after its own upload of that chunk.
+follows the one that has waited. With its choices a rank announces those of a step in one piece;
+before each of several chunks is pulled the ranks meet once more, each after its own upload of it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class PeerLane:
         like: PeerLane | None = None,
     ) -> None:
         self.layout = layout
-        self.exchange_ctas = exchange_ctas or multiprocessors_of(device).exchange
+        self.exchange_ctas = exchange_ctas or multiprocessors_of(device, memory.road).exchange
         self.rank = rank
         self.memory = memory
         self.stream: torch.cuda.Stream = (
@@ -151,7 +151,7 @@ class PeerLane:
     ) -> None:
         """Let all ranks see this rank's choices and hidden states, and have everyone's choices.
 
-        Of hidden states that are uploaded, others see the first chunk: `pull` waits for the rest.
+        Of hidden states that are uploaded in chunks, others see none yet: `pull` waits for each.
         """
         layout, at = self.layout, self.layout.offsets
         hidden_to_copy = self._arriving(num_chunks)
@@ -186,7 +186,8 @@ class PeerLane:
         if self.upload is None:
             return self._put_on_card(hidden)
         assert self.upload.num_chunks == num_chunks, "the step is published in its own chunks"
-        self.upload.wait(0)
+        if num_chunks == 1:
+            self.upload.wait(0)
         return None
 
     def _put_on_card(self, hidden: Tensor) -> Tensor | None:
@@ -208,14 +209,13 @@ class PeerLane:
         """Fill the rows [P, D] of the chunk's pairs, and their weights if the experts need them."""
         assert self._hidden is not None, "share before dispatch"
         step = receipt.step
-        if self.upload is not None and step.number:
+        if self.upload is not None and self.upload.num_chunks > 1:
             self.upload.wait(step.number)
             self.meet()
         receipt.chunk.pull(
             step.rows,
             self._hidden_addresses,
             block=self.layout.block,
-            on_cards=self._on_card,
             weights=self.shared_weights,
             pair_weight=receipt.pair_weight,
             results=self._result_addresses,

@@ -98,10 +98,11 @@ def profile(
     folder: Path,
     progress: Progress,
 ) -> list[str]:
-    """Run the workload and write the folder; what was written, a line each."""
+    """Run the workload and write the folder; how it ran and what was written, a line each."""
     config = _config(recipe, options, workload)
     folder = prepare_folder(folder)
-    return _write(_run(config, workload, folder, progress, device_records=True), folder, workload)
+    trace, how = _run(config, workload, folder, progress, device_records=True)
+    return [how, *_write(trace, folder, workload)]
 
 
 def profile_with_nsys(
@@ -131,9 +132,9 @@ def run_under_nsys(
 ) -> list[str]:
     """The child: run the workload, and leave the spans for its parent."""
     config = _config(recipe, options, workload)
-    trace = _run(config, workload, folder.resolve(), progress, device_records=False)
+    trace, how = _run(config, workload, folder.resolve(), progress, device_records=False)
     write_trace(trace, folder / _SPANS)
-    return [f"{workload}: ran under nsys"]
+    return [how, f"{workload}: ran under nsys"]
 
 
 def run_workload(workers: WorkerGroup, model: ModelInfo, workload: Workload) -> None:
@@ -177,7 +178,8 @@ def _run(
     progress: Progress,
     *,
     device_records: bool,
-) -> Trace:
+) -> tuple[Trace, str]:
+    """The trace, and what the launch chose."""
     window = workload.window(folder, device_records=device_records)
     started = start_workers(config, progress, window)
     with closing(started.group) as group:
@@ -185,7 +187,7 @@ def _run(
         run_workload(group, started.model, workload)
     kind = "CPU" if device == "cpu" else "GPU"
     title = f"{started.model.name}, {config.gpus} {kind} ranks, {workload}"
-    return collect(folder, config.gpus, title)
+    return collect(folder, config.gpus, title), started.summary
 
 
 def _write(trace: Trace, folder: Path, workload: Workload) -> list[str]:

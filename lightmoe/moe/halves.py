@@ -5,7 +5,8 @@
     exchange              | choice, rows of A | of B            | results of A | of B
 
 Where the second product writes its results to other ranks it waits for links, so it runs beside
-what comes next; without a stream beside it follows the first.
+what comes next; without a stream beside it follows the first. The first half's leaves room for the
+other's first product, the second half's for nothing: attention takes what that gives up.
 It hides what chunks of one layer cannot, where the exchange takes longer than the experts. The
 calls are those of a whole layer, so cutting the step in two never changes a bit.
 """
@@ -73,7 +74,7 @@ def compute(flight: InFlight, experts: Experts, overlap: Overlap) -> None:
         flight.inner = experts.up(flight.rows, receipt, max_ctas=up_ctas)
     beside = dispatcher.beside if cut else None
     with _following(beside, flight.hidden), span("experts", flight.layer):
-        down_ctas = overlap.down_ctas if cut else overlap.expert_ctas
+        down_ctas = overlap.down_ctas if cut and not flight.half else overlap.expert_ctas
         output = dispatcher.output_of(receipt)
         flight.pairs = experts.down(flight.inner, receipt, output=output, max_ctas=down_ctas)
         with _following(dispatcher.stream, flight.hidden), span("combine", flight.layer):

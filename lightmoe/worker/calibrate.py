@@ -101,17 +101,20 @@ def decide(stages: Stages, max_tokens: int, cut: Overlap) -> tuple[Overlap, str]
     ]
     dense = _dense_seconds(stages, max_tokens)
     serial = pipeline_seconds(stages.alone, max_tokens, 1)
-    times = f"{max_tokens} tokens a rank: {_ms(serial + dense)} a layer in turn"
-    if max_tokens in saving:
-        halves = _ms(_halves_seconds(stages, max_tokens))
-        reason = f"two halves from {min(saving)} tokens a rank ({times}, {halves} in halves)"
-        return replace(cut, halves_from=min(saving)), reason
     choice = choose_chunks(stages.chunked, max_tokens)
+    chunked = "no less in chunks"
+    if choice.num_chunks > 1:
+        chunked = f"{_ms(choice.predicted_seconds + dense)} in {choice.num_chunks} chunks"
+    times = (
+        f"{max_tokens} tokens a rank: {_ms(serial + dense)} a layer in turn, {chunked},"
+        f" {_ms(_halves_seconds(stages, max_tokens))} in halves"
+    )
+    if max_tokens in saving:
+        reason = f"two halves from {min(saving)} tokens a rank ({times})"
+        return replace(cut, halves_from=min(saving)), reason
     if choice.num_chunks > 1 and choice.predicted_seconds < _limit(serial):
-        chunked = _ms(choice.predicted_seconds + dense)
-        reason = f"chunks ({times}, {chunked} in {choice.num_chunks} chunks)"
-        return replace(cut, num_chunks=None, costs=stages.chunked), reason
-    why = f"halves would not save {HALVES_MARGIN:.0%}, nor chunks {MARGIN:.0%}"
+        return replace(cut, num_chunks=None, costs=stages.chunked), f"chunks ({times})"
+    why = f"halves must save {HALVES_MARGIN:.0%}, chunks {MARGIN:.0%}"
     return Overlap(), f"no overlap ({times}; {why})"
 
 
@@ -132,13 +135,18 @@ def _whole_seconds(stages: Stages, num_tokens: int) -> float:
 
 
 def _halves_seconds(stages: Stages, num_tokens: int) -> float:
-    """Time of a layer in two halves: the longest of what computes, writes and exchanges."""
-    costs, half = stages.beside, num_tokens // 2
-    computing = costs.up.seconds(half) + _dense_seconds(stages, half)
-    computing += costs.down.seconds(half) if costs.in_turn else 0.0
-    gate = max(costs.gate.seconds(half), costs.upload.seconds(half))
-    exchanging = gate + costs.dispatch.seconds(half) + costs.combine.seconds(half)
-    return 2 * max(computing, costs.down.seconds(half), exchanging, costs.host.seconds(1))
+    """Time of a layer in two halves, A and B: what computes, each with what is exchanged behind it.
+
+    up A      | up B, down A | down B    | dense A   | dense B
+    rows of B |              | results A | results B | rows of A of the next layer
+    """
+    costs, alone, half = stages.beside, stages.alone, num_tokens // 2
+    dense, results = _dense_seconds(stages, half), costs.combine.seconds(half)
+    rows = max(costs.gate.seconds(half), costs.upload.seconds(half)) + costs.dispatch.seconds(half)
+    up, down = alone.up.seconds(half), alone.down.seconds(half)
+    both = up + down if costs.in_turn else max(costs.up.seconds(half), costs.down.seconds(half))
+    computing = max(up, rows) + both + max(down, results) + max(dense, results) + max(dense, rows)
+    return max(computing, 2 * costs.host.seconds(1))
 
 
 def _doublings(largest: int) -> list[int]:

@@ -238,7 +238,9 @@ def test_the_command_from_end_to_end(tmp_path: Path) -> None:
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.startswith("exposed share ")
+    how, exposed, *_ = ended.stdout.splitlines()
+    assert how.startswith("cpu (")
+    assert exposed.startswith("exposed share ")
     written = sorted(one.name for one in (tmp_path / "run").iterdir())
     assert written == ["overlap.json", "timeline.png", "trace.json.gz"]
     overlap = json.loads((tmp_path / "run/overlap.json").read_text())

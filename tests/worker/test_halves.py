@@ -119,6 +119,29 @@ def test_an_upload_longer_than_the_gate_is_not_hidden() -> None:
     assert in_vain.halves_from is None
 
 
+@pytest.mark.parametrize("in_turn", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "results"), [(0.1, 0.1), (2.5, 0.1), (0.1, 2.5), (6.0, 5.0)], ids=str
+)
+def test_the_halves_of_a_layer_take_what_hides_their_exchange_or_that(
+    in_turn: bool, rows: float, results: float
+) -> None:
+    """Milliseconds of half the tokens; rows are uploaded before they are pulled."""
+
+    def of(*stages: float) -> LayerCosts:
+        dispatch, up, down, combine = (StageCost(0.0, ms / 4096e3) for ms in stages)
+        upload, between = StageCost(0.0, rows / 2 / 4096e3), StageCost(0.0, 0.5 / 4096e3)
+        costs = LayerCosts(dispatch, up, down, combine, upload=upload, between=between)
+        return replace(costs, in_turn=in_turn)
+
+    alone, beside = of(1, 4, 2, 1), of(rows / 2, 5, 3, results)
+    _, reason = decide(Stages(alone, beside, beside), 8192, CUT)
+    dense = 1.0
+    both = 4 + 2 if in_turn else max(5, 3)
+    taken = max(4, rows) + both + max(2, results) + max(dense, results) + max(dense, rows)
+    assert f"{taken:.2f} ms in halves" in reason
+
+
 def test_each_stage_is_fitted_to_its_own_times() -> None:
     """Seconds of 100 and 200 tokens, stage by stage in the order of a layer."""
     tokens = (100, 200)

@@ -20,6 +20,7 @@ from lightmoe.moe.dispatch.upload import Upload
 from lightmoe.moe.layer import MoELayer
 from lightmoe.moe.overlap_model import chunk_of
 from lightmoe.moe.placement import initial_placement
+from lightmoe.telemetry.trace import SpanRecorder, span
 from tests.moe.cases import LayerWeights, poison_results
 from tests.moe.emulated_ranks import (
     DTYPE,
@@ -239,6 +240,31 @@ def test_on_cards_nothing_is_uploaded_and_ranks_meet_twice_a_chunk(
     assert lanes[0].upload is None
     chunk = ["exchange_pull", "exchange_meet"]
     assert [name for name, _ in calls] == ["exchange_share", *chunk * 3]
+
+
+def test_an_upload_is_recorded_as_part_of_its_layer_s_dispatch(
+    emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What copies it starts outside of an exchange's span count as nobody's communication."""
+    use(HostLibrary(emulated, 1), monkeypatch)
+    recorder = SpanRecorder(0, annotate=False)
+
+    class InSpan(LateUpload):
+        def of_another_lane(self) -> LateUpload:
+            return InSpan()
+
+        def begin(self, parts: Any, num_tokens: int, num_chunks: int) -> None:
+            with span("copy_engine"):
+                super().begin(parts, num_tokens, num_chunks)
+
+    lanes = open_lanes(layout(1), "host", InSpan())
+    layer, group = layer_of(WEIGHTS, initial_placement(1, NUM_EXPERTS, 1), 0, lanes, 2)
+    group.tokens_per_rank = (9,)
+    with recorder.recording(0):
+        layer(hidden_of(0, 0, 9))
+
+    (upload,) = [one for one in recorder.records if one.name == "copy_engine"]
+    assert (upload.stage, upload.layer) == ("dispatch", 0)
 
 
 def run_layers(layer: MoELayer, group: Any, rank: int) -> list[Tensor]:

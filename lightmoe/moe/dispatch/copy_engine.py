@@ -23,6 +23,7 @@ from lightmoe.moe.dispatch.peer_lane import PeerLane
 from lightmoe.moe.dispatch.peer_receipt import ChunkOfStep, PeerReceipt, Step
 from lightmoe.moe.gate import Choice
 from lightmoe.moe.overlap_model import MAX_CHUNKS
+from lightmoe.telemetry.trace import span
 
 _OPERATIONS_PER_BYTE: dict[Road, float] = {"ipc": 2200.0, "host": 40_000.0}
 """989 TFLOP/s of H100 and H200, and 450 GB/s over NVLink, or the 25 GB/s that each of four cards
@@ -55,7 +56,8 @@ class CopyEngineDispatcher(Dispatcher):
 
     def publish(self, hidden: Tensor, num_chunks: int = 1) -> None:
         """These are the hidden states [T, D] of the next route, which is in so many chunks."""
-        self._lane.publish(hidden, num_chunks)
+        with span("dispatch", self._layer):  # uploads are communication
+            self._lane.publish(hidden, num_chunks)
 
     def counts_into(self, load: Tensor) -> bool:
         """The kernel that shares the choices counts them, too."""

@@ -34,6 +34,9 @@ def main() -> None:
     parser.add_argument("--overlap", nargs="+", default=["auto"])
     parser.add_argument("--transport", default="auto")
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 64, 256])
+    parser.add_argument(
+        "--routing-skew", help='"uniform" or "zipf:1.0", not the choice of made-up routers'
+    )
     parser.add_argument("--commit", help="the commit that is measured, where git does not know")
     options = parser.parse_args()
     vocab_size = read_config(find_model(options.model)).vocab_size
@@ -47,6 +50,7 @@ def main() -> None:
             placement="spread",
             transport=options.transport,
             overlap=overlap,
+            routing_skew=options.routing_skew,
             max_num_batched_tokens=8192,
             max_num_seqs=64,
             max_model_len=2048,

@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -26,7 +26,7 @@ from lightmoe.moe.experts import Experts, SlotPool
 from lightmoe.moe.gate import Gate
 from lightmoe.moe.layer import MoELayer
 from lightmoe.moe.load import LoadCounter
-from lightmoe.moe.multiprocessors import multiprocessors_of
+from lightmoe.moe.multiprocessors import overlap_beside
 from lightmoe.moe.overlap_model import Overlap
 from lightmoe.moe.placement import Placement, initial_placement
 from lightmoe.quant.packing import ExpertLayout
@@ -168,10 +168,8 @@ class RankLayer:
 
     def overlap(self, num_chunks: int) -> Overlap:
         """So many chunks, on a card beside each other as a launch has them."""
-        if self.device.type != "cuda":
-            return Overlap(num_chunks=num_chunks)
-        shares = multiprocessors_of(self.device, self.memory.road)
-        return Overlap(num_chunks=num_chunks, expert_ctas=shares.experts, up_share=shares.up_share)
+        road = self.memory.road if self.memory else "ipc"
+        return replace(overlap_beside(self.device, road), num_chunks=num_chunks)
 
     def layer(self, overlap: Overlap | None = None) -> MoELayer:
         """The layer with this overlap."""

@@ -58,16 +58,15 @@ __device__ void pull(const light_exchange_pull_args &args) {
   }
 }
 
-// A warp takes a token of this rank, or where there are more warps than tokens a part of its row:
-// light_combine's sum of what ranks gave.
-template <typename Row>
-__device__ void combine(const light_exchange_combine_args &args) {
+// light_combine's sum of what ranks gave: a warp takes a token of this rank, or one of `num_parts`
+// of its row. A lane has `kPlaces` places of a row at once.
+template <typename Row, int kPlaces>
+__device__ void combine_parts(const light_exchange_combine_args &args, int num_parts) {
   constexpr int kOutputVectors = Row::kElements * sizeof(typename Row::Scalar) / 16;
-  constexpr int kPlaces = 4, kPairs = kVectorsInFlight / kPlaces;  // a lane's at once
+  constexpr int kPairs = kVectorsInFlight / kPlaces;
   const int lane = threadIdx.x % 32, num_pairs = args.num_experts_per_token;
   const int num_vectors = args.width_bytes / 16;
   const int num_warps = gridDim.x * (blockDim.x / 32);
-  const int num_parts = max(1, min((num_vectors + 31) / 32, num_warps / args.num_tokens));
   const int num_units = args.num_tokens * num_parts;
   for (int unit = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; unit < num_units;
        unit += num_warps) {
@@ -111,6 +110,21 @@ __device__ void combine(const light_exchange_combine_args &args) {
         }
       }
     }
+  }
+}
+
+// Rows are cut where there are more warps than tokens. Where a part is a place of each lane, the
+// pairs' loads are on their way together, else those of several places: few pairs fill no link.
+template <typename Row>
+__device__ void combine(const light_exchange_combine_args &args) {
+  const int num_vectors = args.width_bytes / 16;
+  const int num_warps = gridDim.x * (blockDim.x / 32);
+  const int num_parts = max(1, min((num_vectors + 31) / 32, num_warps / args.num_tokens));
+  if (32 * num_parts >= num_vectors) {
+    combine_parts<Row, 1>(args, num_parts);
+  } else {
+    constexpr int kPlaces = Row::kElements <= 8 ? 4 : 1;  // sums of codes leave no registers
+    combine_parts<Row, kPlaces>(args, num_parts);
   }
 }
 

@@ -8,15 +8,15 @@ import torch
 
 from lightmoe.distributed.peers import Road
 from lightmoe.kernels.library import library
-from lightmoe.moe.overlap_model import UP_SHARE
+from lightmoe.moe.overlap_model import UP_SHARE, Overlap
 
 EXCHANGE_SHARE = 2 / 11
 """Of the multiprocessors, for an exchange that runs beside the experts: 24 of an H200's 132."""
 
 HOST_CTAS = 4
-"""For an exchange through the host, whose rate is the bus's and not the card's: so many bring
-43 GB/s of the 47 that all of an H100's multiprocessors do. They are kept free: waiting until a
-product gives one up costs more."""
+"""For an exchange through the host, whose rate is the bus's and not the card's: so many pull
+43 GB/s of the 46 that all of an H100's multiprocessors do, and add up 46 of 47. They are kept free:
+waiting until a product gives one up costs more."""
 
 HOST_UP_SHARE = 2 / 3
 """UP_SHARE where nobody waits for results on their way to the host: by arithmetic alone."""
@@ -51,3 +51,11 @@ def multiprocessors_of(device: torch.device, road: Road = "ipc") -> Multiprocess
     card = torch.cuda.get_device_properties(device)
     claims = library().architecture_of(device) == "90"
     return Multiprocessors.of(card.multi_processor_count, road, claims_tiles=claims)
+
+
+def overlap_beside(device: torch.device, road: Road = "ipc") -> Overlap:
+    """What products have of a device beside an exchange and each other; of a CPU, all."""
+    if device.type != "cuda":
+        return Overlap()
+    shares = multiprocessors_of(device, road)
+    return Overlap(expert_ctas=shares.experts, up_share=shares.up_share)

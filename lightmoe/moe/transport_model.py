@@ -39,10 +39,11 @@ NCCL_HOST_SHARE = 0.62
 """What NCCL reaches of the copies' bandwidth through the host's memory: 7.5 to 7.8 GB/s of 12 to
 12.5 between two RTX 2080 Ti (the sources in topology/10x2080ti-pcie.toml)."""
 
-HIDDEN_SHARE = 0.64
-"""What copy_engine hides of a larger step's exchange behind the experts, where that pays: 3.2 of
-4.9 ms (benchmarks/results/moe-layer-ep-host-2x-nvidia-h200-2026-11-21.json, 4 chunks as called).
-nccl waits for the host and hides nothing."""
+HIDDEN_SHARE = 0.45
+"""What copy_engine hides of a larger step's exchange behind the experts, where that pays: 4.4 of
+9.6 ms (benchmarks/results/moe-layer-ep-host-4x-nvidia-h200-2026-11-21.json); later, on two cards,
+whose exchange is half as long as computing, 3.2 of 4.9. nccl waits for the host and hides
+nothing."""
 
 REQUEST_TOKENS = 1024, 256
 """Prompt and answer of the request by which a server is judged whose phases want different ways."""

@@ -20,7 +20,7 @@ from lightmoe.models.decoder import Decoder
 from lightmoe.moe.dispatch import CopyEngineDispatcher, ExpertGroup
 from lightmoe.moe.dispatch.peer_lane import PeerLane
 from lightmoe.moe.layer import MoELayer
-from lightmoe.moe.multiprocessors import multiprocessors_of
+from lightmoe.moe.multiprocessors import overlap_beside
 from lightmoe.moe.overlap_model import (
     FEWEST_TOKENS,
     MARGIN,
@@ -36,7 +36,7 @@ HALVES_MARGIN = 0.15
 """Two halves must be predicted to save this share of the time in turn: products of half the rows
 are slower, all the more on a card at the limit of its power, and a step with a prompt on few ranks
 has less to hide than these times say. Where 8 and 10 % were predicted, qwen3-30b-a3b on two H200
-and mixtral-8x7b on four, whole prefill steps took 6 and 4 % longer; where 23 % were, mixtral-8x7b
+and mixtral-8x7b on four, whole prefill steps took 5 and 4 % longer; where 25 % were, mixtral-8x7b
 on two without peer-to-peer, 12 % less. Chunks are wrong alike: of both the faster is taken."""
 
 _NUM_SAMPLES = 5
@@ -70,55 +70,70 @@ def choose_overlap(
     lane, control = group.peers, group.communicator
     if wanted == "halves":
         device = decoder.moe_layers[0].gate.router_weight.device
-        return replace(_beside(device, lane), halves_from=2), "two halves, as asked"
+        road = lane.memory.road if lane else "ipc"
+        return replace(overlap_beside(device, road), halves_from=2), "two halves, as asked"
     if lane is None or control is None:
         return Overlap(), "no overlap: this transport waits for the host"
     if max_tokens < 2 * FEWEST_TOKENS:
         return Overlap(), f"no overlap: steps have up to {max_tokens} tokens a rank"
-    cut = _beside(lane.rows.device, lane)
+    cut = overlap_beside(lane.rows.device, lane.memory.road)
     return decide(_time_stages(decoder, group, lane, max_tokens, cut), max_tokens, cut)
 
 
-def _beside(device: torch.device, lane: PeerLane | None) -> Overlap:
-    """What products have of the device beside an exchange; of a CPU, all."""
-    if device.type != "cuda":
-        return Overlap()
-    shares = multiprocessors_of(device, lane.memory.road if lane else "ipc")
-    return Overlap(expert_ctas=shares.experts, up_share=shares.up_share)
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """Seconds of a layer with what is between it and the next one, behind which halves hide too:
+    in turn, in so many chunks (1: they would save nothing), in halves."""
+
+    in_turn: float
+    chunked: float
+    num_chunks: int
+    halves: float
+
+    @classmethod
+    def of(cls, stages: Stages, num_tokens: int) -> Predicted:
+        """For so many tokens a rank."""
+        dense = _dense_seconds(stages, num_tokens)
+        in_turn = pipeline_seconds(stages.alone, num_tokens, 1) + dense
+        choice = choose_chunks(stages.chunked, num_tokens)
+        chunked, halves = choice.predicted_seconds + dense, _halves_seconds(stages, num_tokens)
+        return cls(in_turn, chunked, choice.num_chunks, halves)
+
+    @property
+    def chunks_pay(self) -> bool:
+        """Whether chunks save enough of the time in turn."""
+        return self.num_chunks > 1 and self.chunked < (1 - MARGIN) * self.in_turn
+
+    @property
+    def halves_pay(self) -> bool:
+        """Whether halves do, and save more than chunks."""
+        return self.halves < min((1 - HALVES_MARGIN) * self.in_turn, self.chunked)
+
+    def __str__(self) -> str:
+        """For the launch line."""
+        chunked = f"{_ms(self.chunked)} in {self.num_chunks} chunks"
+        return (
+            f"{_ms(self.in_turn)} a layer in turn,"
+            f" {chunked if self.num_chunks > 1 else 'no less in chunks'},"
+            f" {_ms(self.halves)} in halves"
+        )
 
 
 def decide(stages: Stages, max_tokens: int, cut: Overlap) -> tuple[Overlap, str]:
     """Two halves where they save time, else chunks of one layer, else neither.
 
-    Times are of a layer with what is between it and the next one: halves hide exchange behind that.
     `cut` is how products share the device then.
     """
-    saving = [
-        size
-        for size in _doublings(max_tokens)
-        if size >= FEWEST_TOKENS and _halves_pay(stages, size)
-    ]
-    dense = _dense_seconds(stages, max_tokens)
-    serial = pipeline_seconds(stages.alone, max_tokens, 1)
-    choice = choose_chunks(stages.chunked, max_tokens)
-    chunked = "no less in chunks"
-    if choice.num_chunks > 1:
-        chunked = f"{_ms(choice.predicted_seconds + dense)} in {choice.num_chunks} chunks"
-    times = (
-        f"{max_tokens} tokens a rank: {_ms(serial + dense)} a layer in turn, {chunked},"
-        f" {_ms(_halves_seconds(stages, max_tokens))} in halves"
-    )
-    if max_tokens in saving:
-        reason = f"two halves from {min(saving)} tokens a rank ({times})"
-        return replace(cut, halves_from=min(saving)), reason
-    if choice.num_chunks > 1 and choice.predicted_seconds < _limit(serial):
+    whole = Predicted.of(stages, max_tokens)
+    times = f"{max_tokens} tokens a rank: {whole}"
+    if whole.halves_pay:
+        sizes = [size for size in _doublings(max_tokens) if size >= FEWEST_TOKENS]
+        begin = min(size for size in sizes if Predicted.of(stages, size).halves_pay)
+        return replace(cut, halves_from=begin), f"two halves from {begin} tokens a rank ({times})"
+    if whole.chunks_pay:
         return replace(cut, num_chunks=None, costs=stages.chunked), f"chunks ({times})"
     why = f"halves must save {HALVES_MARGIN:.0%}, chunks {MARGIN:.0%}"
     return Overlap(), f"no overlap ({times}; {why})"
-
-
-def _limit(seconds: float) -> float:
-    return (1 - MARGIN) * seconds
 
 
 def _dense_seconds(stages: Stages, num_tokens: int) -> float:
@@ -126,18 +141,13 @@ def _dense_seconds(stages: Stages, num_tokens: int) -> float:
     return 2 * stages.alone.between.seconds(num_tokens)
 
 
-def _halves_pay(stages: Stages, num_tokens: int) -> bool:
-    dense, halves = _dense_seconds(stages, num_tokens), _halves_seconds(stages, num_tokens)
-    serial = pipeline_seconds(stages.alone, num_tokens, 1) + dense
-    chunked = choose_chunks(stages.chunked, num_tokens).predicted_seconds + dense
-    return halves < min((1 - HALVES_MARGIN) * serial, chunked)
-
-
 def _halves_seconds(stages: Stages, num_tokens: int) -> float:
     """Time of a layer in two halves, A and B: what computes, each with what is exchanged behind it.
 
     up A      | up B, down A | down B    | dense A   | dense B
     rows of B |              | results A | results B | rows of A of the next layer
+
+    The gate's own product is left out: its time here is mostly the exchange of the choices.
     """
     costs, alone, half = stages.beside, stages.alone, num_tokens // 2
     dense, results = _dense_seconds(stages, half), costs.combine.seconds(half)

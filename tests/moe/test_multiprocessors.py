@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightmoe.moe.multiprocessors import HOST_CTAS, Multiprocessors, multiprocessors_of
+from lightmoe.moe import multiprocessors
+from lightmoe.moe.multiprocessors import (
+    HOST_CTAS,
+    Multiprocessors,
+    multiprocessors_of,
+    overlap_beside,
+)
+from lightmoe.moe.overlap_model import Overlap
 
 
 @pytest.mark.parametrize(("count", "exchange"), [(132, 24), (68, 12), (2, 1)])
@@ -31,3 +38,14 @@ def test_through_the_host_the_exchange_has_as_many_on_any_card(
 
 def test_without_a_card_each_has_one() -> None:
     assert multiprocessors_of(torch.device("cpu"), "host") == Multiprocessors(1, 1)
+
+
+def test_products_have_the_experts_part_of_a_card_and_all_of_a_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    of_road = {"host": Multiprocessors(4, 60, 0.7), "ipc": Multiprocessors(12, 56, 0.6)}
+    monkeypatch.setattr(multiprocessors, "multiprocessors_of", lambda _, road: of_road[road])
+    card = torch.device("cuda")
+    assert overlap_beside(card, "host") == Overlap(expert_ctas=60, up_share=0.7)
+    assert overlap_beside(card) == Overlap(expert_ctas=56, up_share=0.6)
+    assert overlap_beside(torch.device("cpu"), "host") == Overlap()

@@ -8,8 +8,10 @@ import pytest
 from torch import Tensor
 
 from lightmoe.distributed.peers import Road
+from lightmoe.moe.dispatch import peer_lane
 from lightmoe.moe.dispatch.arena import ArenaLayout
 from lightmoe.moe.dispatch.peer_lane import PeerLane
+from lightmoe.moe.multiprocessors import Multiprocessors
 from lightmoe.moe.overlap_model import chunk_of
 from tests.moe.emulated_ranks import open_lanes
 
@@ -50,6 +52,16 @@ def test_the_chunks_of_a_step_have_all_tokens_and_rows_of_their_own(
     for one, other in pairwise(chunks):
         end = one.rows.data_ptr() + one.rows.numel() * one.rows.element_size()
         assert end == other.rows.data_ptr()
+
+
+@pytest.mark.parametrize("road", ["ipc", "host"])
+def test_a_lane_has_the_exchange_s_part_of_the_card_by_its_road(
+    monkeypatch: pytest.MonkeyPatch, road: Road
+) -> None:
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    parts = {"ipc": Multiprocessors(12, 56), "host": Multiprocessors(5, 63)}
+    monkeypatch.setattr(peer_lane, "multiprocessors_of", lambda _, road: parts[road])
+    assert {lane.exchange_ctas for lane in open_lanes(LAYOUT, road)} == {parts[road].exchange}
 
 
 def test_all_layers_of_a_step_share_its_chunks(lane: PeerLane) -> None:

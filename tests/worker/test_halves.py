@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from lightmoe.core import Batch, SamplingStep, SequenceStep
 from lightmoe.moe.overlap_model import LayerCosts, Overlap, StageCost
+from lightmoe.worker import calibrate
 from lightmoe.worker.calibrate import Stages, decide, fit_stages
 from lightmoe.worker.config import BLOCK_SIZE
 from lightmoe.worker.inputs import in_halves
@@ -90,7 +93,7 @@ def test_halves_where_the_exchange_is_long_and_nothing_where_it_is_short() -> No
     beside = costs(2.2, 2, 1.5, 2.2)
     long = Stages(costs(2, 1.5, 1, 2), beside, beside)
     overlap, reason = decide(long, 8192, CUT)
-    assert overlap.halves_from is not None
+    assert overlap == replace(CUT, halves_from=overlap.halves_from)
     assert overlap.cuts_in_two(8192)
     assert "two halves" in reason
     assert f"{8.192 * (6.5 + 2.4) + 0.04:.2f} ms a layer in turn" in reason
@@ -105,9 +108,40 @@ def test_chunks_where_halves_hide_no_more() -> None:
     """Nothing to speak of is between two layers, so both hide the same."""
     beside = costs(2.2, 2, 1.5, 2.2, between=0.0)
     overlap, reason = decide(Stages(costs(2, 3, 2, 2, between=0.0), beside, beside), 8192, CUT)
-    assert overlap.halves_from is None
-    assert overlap.costs == beside
+    assert overlap == replace(CUT, num_chunks=None, costs=beside)
     assert reason.startswith("chunks (")
+
+
+@pytest.mark.parametrize(("up", "pay"), [(4.8, True), (5.0, False)])
+def test_halves_must_save_more_than_what_the_times_are_wrong_by(up: float, pay: bool) -> None:
+    """They take (7 + up) / 14 of the time in turn, of which they must save 15 %."""
+    alone = costs(0.5, 4, 2, 0.5, between=0.0)
+    beside, chunked = costs(0.5, up, 2, 0.5, between=0.0), costs(9, 9, 9, 9, between=0.0)
+    overlap, reason = decide(Stages(alone, beside, chunked), 8192, CUT)
+    assert f"{4.096 * (7 + up) + 0.05:.2f}" in reason
+    assert (overlap.halves_from is not None) == pay
+
+
+def test_halves_are_not_faster_than_the_host_enqueues_them() -> None:
+    beside = replace(costs(2.2, 2, 1.5, 2.2), host=StageCost(0.0, 0.05))
+    _, reason = decide(Stages(costs(2, 1.5, 1, 2), beside, beside), 8192, CUT)
+    assert "100.00 ms in halves" in reason
+
+
+@pytest.mark.parametrize("road", ["ipc", "host"])
+@pytest.mark.parametrize("wanted", ["auto", "halves"])
+def test_products_share_the_device_as_the_road_between_cards_says(
+    monkeypatch: pytest.MonkeyPatch, road: str, wanted: Literal["auto", "halves"]
+) -> None:
+    shares = {"ipc": Overlap(expert_ctas=132), "host": Overlap(expert_ctas=128, up_share=0.7)}
+    monkeypatch.setattr(calibrate, "overlap_beside", lambda _, road="ipc": shares[road])
+    beside = costs(2.2, 2, 1.5, 2.2)
+    stages = Stages(costs(2, 1.5, 1, 2), beside, beside)
+    monkeypatch.setattr(calibrate, "_time_stages", lambda *_: stages)
+    group = mock.MagicMock()
+    group.peers.memory.road = road
+    overlap, _ = calibrate.choose_overlap(mock.MagicMock(), group, 8192, wanted)
+    assert overlap == replace(shares[road], halves_from=overlap.halves_from)
 
 
 def test_an_upload_longer_than_the_gate_is_not_hidden() -> None:

@@ -114,17 +114,17 @@ __device__ void combine_parts(const light_exchange_combine_args &args, int num_p
 }
 
 // Rows are cut where there are more warps than tokens. Where a part is a place of each lane, the
-// pairs' loads are on their way together, else those of several places: few pairs fill no link.
+// pairs' loads are on their way together, else those of several places: few pairs fill no link. Sums
+// of codes leave no registers for that.
 template <typename Row>
 __device__ void combine(const light_exchange_combine_args &args) {
   const int num_vectors = args.width_bytes / 16;
   const int num_warps = gridDim.x * (blockDim.x / 32);
   const int num_parts = max(1, min((num_vectors + 31) / 32, num_warps / args.num_tokens));
-  if (32 * num_parts >= num_vectors) {
+  if (Row::kElements > 8 || 32 * num_parts >= num_vectors) {
     combine_parts<Row, 1>(args, num_parts);
   } else {
-    constexpr int kPlaces = Row::kElements <= 8 ? 4 : 1;  // sums of codes leave no registers
-    combine_parts<Row, kPlaces>(args, num_parts);
+    combine_parts<Row, 4>(args, num_parts);
   }
 }
 
